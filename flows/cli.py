@@ -1,0 +1,312 @@
+"""The ``fixative`` command."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from pydantic import ValidationError
+from rich.console import Console
+
+from flows import show
+from pipeline.config import JobConfig, S3Settings
+from pipeline.errors import PipelineError, UserError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help=(
+        "Protects whole image archives against misuse by diffusion models.\n\n"
+        "Start with [bold]fixative demo[/bold]. Exit codes: 0 every asset is protected or tolerably quarantined; "
+        "1 the run ended with problems, what is done stays and a rerun goes on; 2 the command cannot run as given; "
+        "130 or 143 interrupted, run the same command to go on."
+    ),
+)
+console = Console()
+errors = Console(stderr=True)
+
+ARCHIVE, METHOD, OUTPUT, RUN, STORE = "Archive", "Method", "Output and check", "How it runs", "S3"
+
+
+def _option(*names: str, panel: str, help: str) -> Any:
+    envvar = "FIXATIVE_" + names[0].lstrip("-").upper().replace("-", "_")
+    return typer.Option(*names, rich_help_panel=panel, help=help, envvar=envvar)
+
+
+Source = Annotated[str | None, typer.Argument(help="Folder, prefix or file: images, Parquet, tars. Any fsspec URL.")]
+Destination = Annotated[str | None, typer.Argument(help="Folder or s3:// prefix for the results.")]
+Finished = Annotated[str, typer.Argument(help="Folder or s3:// prefix that holds results.")]
+S3Endpoint = Annotated[str | None, _option("--s3-endpoint", panel=STORE, help="URL of an S3 service other than AWS.")]
+S3Region = Annotated[str | None, _option("--s3-region", panel=STORE, help="Region.")]
+S3Profile = Annotated[
+    str | None, _option("--s3-profile", panel=STORE, help="Profile of ~/.aws; else the usual AWS variables or role.")
+]
+
+
+@app.command()
+def protect(
+    source: Source = None,
+    destination: Destination = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", "-c", help="Job file (YAML). Options given here win over it.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and an estimate, write nothing.")] = False,
+    image_column: Annotated[
+        str | None,
+        _option("--image-column", panel=ARCHIVE, help="Parquet column with the images, if there are several."),
+    ] = None,
+    id_column: Annotated[
+        str | None, _option("--id-column", panel=ARCHIVE, help="Parquet column with asset ids. [default: asset_id]")
+    ] = None,
+    method: Annotated[
+        str | None, _option("--method", panel=METHOD, help="See `fixative methods`. [default: photoguard]")
+    ] = None,
+    preset: Annotated[
+        str | None, _option("--preset", panel=METHOD, help="paper, fast or strong. [default: fast]")
+    ] = None,
+    eps: Annotated[
+        float | None,
+        _option("--eps", panel=METHOD, help="Budget in 8-bit levels. [default: the preset's]"),
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", rich_help_panel=METHOD, help="Another field of the method, as name=value; repeatable."),
+    ] = None,
+    model: Annotated[
+        str | None,
+        _option("--model", panel=METHOD, help="Diffusers folder or hub id. [default: nano-sd, embedded, a laboratory]"),
+    ] = None,
+    prompt: Annotated[str | None, _option("--prompt", panel=METHOD, help="Caption for methods that use one.")] = None,
+    seed: Annotated[int | None, _option("--seed", panel=METHOD, help="Base seed. [default: 0]")] = None,
+    format: Annotated[
+        str | None, _option("--format", panel=OUTPUT, help="png or webp (lossless), or jpeg. [default: png]")
+    ] = None,
+    resolution: Annotated[
+        str | None, _option("--resolution", panel=OUTPUT, help="training-scale or native. [default: training-scale]")
+    ] = None,
+    check_fraction: Annotated[
+        float | None, _option("--check-fraction", panel=OUTPUT, help="Share of assets that is checked. [default: 0.02]")
+    ] = None,
+    actors: Annotated[
+        int | None, _option("--actors", panel=RUN, help="Optimizer actors. [default: one per GPU, or per CPU core]")
+    ] = None,
+    device: Annotated[str | None, _option("--device", panel=RUN, help="auto, cpu or cuda. [default: auto]")] = None,
+    ray_address: Annotated[
+        str | None, _option("--ray-address", panel=RUN, help="A running Ray cluster; else one starts here for the run.")
+    ] = None,
+    single_writer: Annotated[
+        bool | None,
+        _option(
+            "--single-writer",
+            panel=RUN,
+            help="Stores without conditional writes: only one run at a time.",
+        ),
+    ] = None,
+    s3_endpoint: S3Endpoint = None,
+    s3_region: S3Region = None,
+    s3_profile: S3Profile = None,
+) -> None:
+    """Protect an archive; run it again to go on after a stop.
+
+    Results are committed shard by shard. A finished destination costs nothing to run again.
+
+    Example: fixative protect s3://stock/2026 s3://stock-protected/2026 --method advdm --model ./stable-diffusion-v1-5
+    """
+    given = {
+        "source": source,
+        "destination": destination,
+        "job.archive.image_column": image_column,
+        "job.archive.id_column": id_column,
+        "job.method.name": method,
+        "job.method.preset": preset,
+        "job.method.eps": eps,
+        "job.method.overrides": _overrides(overrides),
+        "job.method.model": model,
+        "job.method.prompt": prompt,
+        "job.seed": seed,
+        "job.output.format": format,
+        "job.output.resolution": resolution,
+        "job.check.fraction": check_fraction,
+        "run.actors": actors,
+        "run.device": device,
+        "run.ray_address": ray_address,
+        "run.single_writer": single_writer,
+        "run.s3.endpoint_url": s3_endpoint,
+        "run.s3.region": s3_region,
+        "run.s3.profile": s3_profile,
+    }
+    job = job_config(config, given)
+    if dry_run:
+        from flows.estimate import estimate
+        from pipeline.run import prepare
+
+        resolved, plan = prepare(job, dry_run=True)
+        show.plan(console, resolved, plan, estimate(resolved, plan))
+        raise typer.Exit(1 if plan.unreadable else 0)
+    run_job(job)
+
+
+@app.command()
+def status(
+    destination: Finished,
+    s3_endpoint: S3Endpoint = None,
+    s3_region: S3Region = None,
+    s3_profile: S3Profile = None,
+) -> None:
+    """Show what is committed, what is still open, and what was quarantined and why."""
+    from pipeline.inspection import read_status
+
+    found = read_status(_open(destination, s3_endpoint, s3_region, s3_profile))
+    show.status(console, found)
+
+
+@app.command()
+def inspect(
+    destination: Finished,
+    asset: Annotated[str | None, typer.Argument(help="Asset id. Without it, every stored byte is checked.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    s3_endpoint: S3Endpoint = None,
+    s3_region: S3Region = None,
+    s3_profile: S3Profile = None,
+) -> None:
+    """Show the provenance of an asset and check its hashes again, or check the whole destination."""
+    from pipeline.inspection import inspect_asset, verify_destination
+
+    store = _open(destination, s3_endpoint, s3_region, s3_profile)
+    if asset is None:
+        results: Any = verify_destination(store)
+    else:
+        results = inspect_asset(store, asset)
+    if as_json:
+        console.print_json(json.dumps(results, default=str))
+    else:
+        show.inspection(console, results)
+
+
+@app.command()
+def methods() -> None:
+    """List the protection methods with their presets."""
+    show.methods(console)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="Where to build the archive and the results.")] = Path("demo-out"),
+    method: Annotated[str, typer.Option("--method", help="See `fixative methods`.")] = "photoguard",
+) -> None:
+    """Build a small archive of real photographs, protect it, check it, and draw before, after and difference."""
+    from flows.demo import build_archive, contact_sheet
+
+    archive = build_archive(out / "archive")
+    given = {"source": str(archive), "destination": str(out / "protected"), "job.method.name": method}
+    outcome = run_job(job_config(None, given))
+    sheet = contact_sheet(outcome.job, out / "contact-sheet.png")
+    show.demo(console, outcome, archive, sheet)
+
+
+def job_config(path: Path | None, given: dict[str, Any]) -> JobConfig:
+    """The job of a YAML file with the given dotted fields laid over it; fields that are None change nothing.
+
+    Raises:
+        UserError: The file cannot be read, or a field is unknown or has a wrong value.
+    """
+    document: Any = {}
+    if path is not None:
+        try:
+            document = yaml.safe_load(path.read_text()) or {}
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise UserError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from error
+        if not isinstance(document, dict):
+            raise UserError(f"{path} holds no mapping; see `fixative protect --help` for an example")
+    for dotted, value in given.items():
+        if value is None:
+            continue
+        place = document
+        *parents, name = dotted.split(".")
+        for parent in parents:
+            place = place.setdefault(parent, {})
+            if not isinstance(place, dict):
+                raise UserError(f"{path}: '{parent}' must be a mapping")
+        place[name] = {**place.get(name, {}), **value} if isinstance(value, dict) else value
+    try:
+        return JobConfig.model_validate(document)
+    except ValidationError as error:
+        raise UserError("; ".join(_plain(item) for item in error.errors())) from error
+
+
+def _plain(item: Any) -> str:
+    where = ".".join(str(part) for part in item["loc"])
+    if where in ("source", "destination") and item["type"] == "missing":
+        return f"no {where} given: name it as an argument or in the job file"
+    return f"{where}: {item['msg']} (got {item.get('input')!r})"
+
+
+def _overrides(values: list[str] | None) -> dict[str, Any] | None:
+    """name=value pairs; values in YAML spelling, so that 3 is a number and true a truth value."""
+    if not values:
+        return None
+    result: dict[str, Any] = {}
+    for text in values:
+        name, mark, value = text.partition("=")
+        if not mark:
+            raise UserError(f"--set {text}: write name=value")
+        result[name] = yaml.safe_load(value)
+    return result
+
+
+def run_job(config: JobConfig) -> Any:
+    """Runs the flow with progress on the terminal and prints the summary.
+
+    Raises:
+        typer.Exit: With 1, when the run ended with problems.
+    """
+    from flows.progress import shown_on
+    from flows.protect import RunIncomplete, protect_archive
+
+    try:
+        with shown_on(console):
+            outcome = protect_archive(config)
+    except RunIncomplete as incomplete:
+        show.outcome(console, incomplete.outcome)
+        raise typer.Exit(1) from incomplete
+    show.outcome(console, outcome)
+    return outcome
+
+
+def _open(url: str, endpoint: str | None, region: str | None, profile: str | None) -> Any:
+    from pipeline.job import storage_options
+    from pipeline.storage import open_store
+
+    return open_store(url, storage_options(S3Settings(endpoint_url=endpoint, region=region, profile=profile)))
+
+
+def _on_sigterm(*_: object) -> None:
+    raise SystemExit(128 + signal.SIGTERM)
+
+
+def main(run: Callable[[], Any] = app) -> None:
+    """Runs the command; errors that are the user's to mend take one line."""
+    signal.signal(signal.SIGTERM, _on_sigterm)
+    try:
+        run()
+    except UserError as error:
+        errors.print(f"fixative: {error}", style="red", highlight=False, soft_wrap=True, markup=False)
+        sys.exit(2)
+    except PipelineError as error:
+        errors.print(f"fixative: {error}", style="red", highlight=False, soft_wrap=True, markup=False)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        errors.print("fixative: interrupted; run the same command to go on", style="yellow")
+        sys.exit(128 + signal.SIGINT)
+
+
+if __name__ == "__main__":
+    main()

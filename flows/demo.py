@@ -1,0 +1,150 @@
+"""The demo: an archive from photographs that scikit-image and scikit-learn carry, and a picture of the result."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image, ImageDraw
+from skimage import data as photographs
+from sklearn.datasets import load_sample_image
+
+from pipeline.decode import decode, model_view
+from pipeline.job import Job
+from pipeline.manifest import rows_of, success_manifests
+
+Pixels = npt.NDArray[np.uint8]
+
+CROP = 256
+CELL = 192
+SHOWN = 6
+AMPLIFY = 8
+DONE_MARK = ".complete"
+
+
+def build_archive(folder: Path) -> Path:
+    """Writes the archive, three shards of three kinds; does nothing where it is already.
+
+    Among its 29 assets are a truncated JPEG, a CMYK JPEG, an RGBA PNG, and a 16-bit image.
+    """
+    if (folder / DONE_MARK).exists():
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    photos = _photographs()
+    _write_files(folder / "photos", photos)
+    _write_parquet(folder / "crops.parquet", photos)
+    _write_tar(folder / "studio.tar", photos)
+    (folder / DONE_MARK).touch()
+    return folder
+
+
+def _photographs() -> dict[str, Pixels]:
+    named = {
+        "astronaut": photographs.astronaut(),
+        "cat": photographs.chelsea(),
+        "coffee": photographs.coffee(),
+        "rocket": photographs.rocket(),
+        "motorcycle": photographs.stereo_motorcycle()[0],
+        "china": load_sample_image("china.jpg"),
+        "flower": load_sample_image("flower.jpg"),
+        "cameraman": photographs.camera(),
+        "coins": photographs.coins(),
+    }
+    return {name: np.asarray(pixels, dtype=np.uint8) for name, pixels in named.items()}
+
+
+def _write_files(folder: Path, photos: dict[str, Pixels]) -> None:
+    """Whole photographs in every form that archives hold."""
+    folder.mkdir(exist_ok=True)
+    for name in ("astronaut", "cat", "china", "flower"):
+        _save(folder / f"{name}.jpg", Image.fromarray(photos[name]))
+    _save(folder / "coffee.webp", Image.fromarray(photos["coffee"]))
+    _save(folder / "cameraman.tif", Image.fromarray(photos["cameraman"]))
+    _save(folder / "rocket-cmyk.jpg", Image.fromarray(photos["rocket"]).convert("CMYK"))
+    coffee = Image.fromarray(photos["coffee"])
+    fade = np.tile(np.linspace(0, 255, coffee.width).astype(np.uint8), (coffee.height, 1))
+    coffee.putalpha(Image.fromarray(fade))
+    _save(folder / "coffee-rgba.png", coffee)
+    _save(folder / "coins-16bit.png", Image.fromarray(photos["coins"].astype(np.uint16) * 257))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: turned by 90 degrees
+    exif[0x8298] = "Example Archive"  # copyright
+    Image.fromarray(photos["motorcycle"]).save(folder / "motorcycle-turned.jpg", quality=92, exif=exif)
+    whole = (folder / "cat.jpg").read_bytes()
+    (folder / "truncated.jpg").write_bytes(whole[: len(whole) // 2])
+
+
+def _save(path: Path, image: Image.Image) -> None:
+    image.save(path, quality=92) if path.suffix in (".jpg", ".webp") else image.save(path)
+
+
+def _write_parquet(path: Path, photos: dict[str, Pixels]) -> None:
+    """Crops as a Hugging Face dataset has them, with the customer's own columns."""
+    rows = []
+    for name in ("astronaut", "cat", "coffee", "china", "flower"):
+        for number, crop in enumerate(_crops(photos[name], 2)):
+            picture = {"bytes": _jpeg(crop), "path": f"{name}-{number}.jpg"}
+            rows.append(
+                {"asset_id": f"crop-{name}-{number}", "image": picture, "caption": f"a crop of {name}", "price": 9.5}
+            )
+    pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=6)
+
+
+def _write_tar(path: Path, photos: dict[str, Pixels]) -> None:
+    """Crops as WebDataset has them: picture, caption and JSON under one name."""
+    with tarfile.open(path, "w") as tar:
+        for name in ("motorcycle", "rocket", "cameraman", "coins"):
+            for number, crop in enumerate(_crops(photos[name], 2)):
+                sample = f"{name}-{number}"
+                about = json.dumps({"photographer": "unknown", "crop": number}).encode()
+                for suffix, content in (("jpg", _jpeg(crop)), ("txt", f"part of {name}".encode()), ("json", about)):
+                    member = tarfile.TarInfo(f"{sample}.{suffix}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+
+
+def _crops(pixels: Pixels, count: int) -> list[Pixels]:
+    height, width = pixels.shape[:2]
+    side = min(CROP, height, width)
+    tops = np.linspace(0, height - side, count).astype(int)
+    lefts = np.linspace(0, width - side, count).astype(int)
+    return [pixels[top : top + side, left : left + side] for top, left in zip(tops, lefts, strict=True)]
+
+
+def _jpeg(pixels: Pixels) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "JPEG", quality=92)
+    return file.getvalue()
+
+
+def contact_sheet(job: Job, path: Path) -> Path:
+    """Draws some originals, what is stored for them, and the amplified difference."""
+    source, destination = job.source(), job.destination()
+    sheet = Image.new("RGB", (3 * CELL, SHOWN * CELL + 24), "white")
+    pen = ImageDraw.Draw(sheet)
+    for column, title in enumerate(("original", "protected", f"difference x {AMPLIFY}")):
+        pen.text((column * CELL + 6, 6), title, fill="black")
+    shown = 0
+    for manifest in success_manifests(destination):
+        if manifest.source["kind"] != "files":
+            continue
+        for row in rows_of(destination, manifest, ["source_uri", "image"]):
+            if shown == SHOWN:
+                break
+            key = row["source_uri"].removeprefix(f"{source.url}/")
+            pair = [model_view(decode(data, limits=job.limits)) for data in (source.get(key), row["image"]["bytes"])]
+            difference = pair[1].astype(np.int16) - pair[0]
+            amplified = np.clip(128 + AMPLIFY * difference, 0, 255).astype(np.uint8)
+            for column, pixels in enumerate((*pair, amplified)):
+                cell = Image.fromarray(pixels)
+                cell.thumbnail((CELL - 4, CELL - 4))
+                sheet.paste(cell, (column * CELL + 2, 24 + shown * CELL + 2))
+            shown += 1
+    sheet.save(path)
+    return path

@@ -1,0 +1,178 @@
+"""The main job as a Prefect flow: plan, then wave by wave protect, check and commit, then publish."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from prefect import flow, task
+from prefect.artifacts import create_table_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State
+
+from flows.progress import observer
+from pipeline.config import JobConfig
+from pipeline.errors import PipelineError, StorageError
+from pipeline.job import Job
+from pipeline.manifest import Manifest, committed_shards, read_manifest
+from pipeline.plan import Plan, Shard, plan_columns
+from pipeline.run import Tally, Task, cut_waves, prepare, publish
+from pipeline.verify.report import write_verification
+from pipeline.verify.statistics import Survival
+
+
+@dataclass(slots=True, kw_only=True)
+class Outcome:
+    """What a run came to."""
+
+    job: Job
+    plan: Plan
+    tally: Tally
+    manifests: list[Manifest] = field(default_factory=list)
+    survival: list[Survival] = field(default_factory=list)
+    report_key: str | None = None
+
+    @property
+    def problems(self) -> list[str]:
+        """Why the run is not good; empty when every asset is accounted for and few enough are quarantined."""
+        lines = [reason for _, reason in self.plan.unreadable]
+        lines += [f"{shard}: {reason}" for shard, reason in sorted(self.tally.failed.items())]
+        quarantined = sum(manifest.rows_quarantined for manifest in self.manifests)
+        if quarantined > self.tally.tolerated:
+            lines.append(f"{quarantined} assets are quarantined, {self.tally.tolerated:g} are tolerated")
+        return lines
+
+
+class RunIncomplete(PipelineError):
+    """The run ended, and not every asset is protected or tolerably quarantined. What is done stays."""
+
+    def __init__(self, outcome: Outcome) -> None:
+        super().__init__("; ".join(outcome.problems))
+        self.outcome = outcome
+
+
+def _storage_failed(_task: Any, _run: Any, state: State[Any]) -> bool:
+    """Retry what a store may recover from; a wrong configuration stays wrong."""
+    return isinstance(state.result(raise_on_failure=False), StorageError)
+
+
+_RETRIED: dict[str, Any] = {
+    "retries": 2,
+    "retry_delay_seconds": 10,
+    "retry_condition_fn": _storage_failed,
+    "cache_policy": NO_CACHE,
+}
+
+
+@task(name="plan", **_RETRIED)
+def plan_archive(config: JobConfig) -> tuple[Job, Plan]:
+    """Resolves the job, binds the destination and plans the source."""
+    return prepare(config)
+
+
+@task(name="protect-wave", cache_policy=NO_CACHE)
+def protect_wave(job: Job, pool: Any, tasks: Sequence[Task], tally: Tally) -> None:
+    """Runs the optimizer over one wave of units. Not retried: the store holds what is done, a rerun goes on there."""
+    from pipeline.ray_job import Failed, protect_units
+
+    for result in protect_units(job, pool, tasks):
+        if isinstance(result, Failed):
+            tally.failed[result.shard_id] = result.error
+            continue
+        tally.add(result)
+        note = f"{tally.quarantined} quarantined" if tally.quarantined else ""
+        observer().advance(result.protected + len(result.quarantined), note)
+
+
+@task(name="check-wave", **_RETRIED)
+def check_wave(job: Job, pool: Any, shards: Sequence[Shard], tally: Tally) -> None:
+    """Measures the sampled check of finished shards."""
+    from pipeline.ray_job import Failed, check_shards
+
+    observer().step("check", len(shards))
+    for result in check_shards(job, pool, shards):
+        if isinstance(result, Failed):
+            tally.failed[result.shard_id] = result.error
+    observer().advance(len(shards))
+
+
+@task(name="commit-wave", **_RETRIED)
+def commit_wave(job: Job, plan: Plan, shards: Sequence[Shard], tally: Tally) -> None:
+    """Commits finished shards."""
+    from pipeline.ray_job import Failed, finalize_shards
+
+    observer().step("commit", len(shards))
+    for result in finalize_shards(job, [(shard, plan_columns(plan, shard)) for shard in shards]):
+        if isinstance(result, Failed):
+            tally.failed[result.shard_id] = result.error
+        observer().advance(1)
+
+
+@task(name="publish", **_RETRIED)
+def publish_results(outcome: Outcome) -> None:
+    """Writes the verification report and, when every shard is committed, ``_SUCCESS.json``."""
+    destination = outcome.job.destination()
+    committed = committed_shards(destination)
+    done = [shard for shard in outcome.plan.shards if shard.shard_id in committed]
+    outcome.manifests = [read_manifest(destination, shard.shard_id) for shard in done]
+    outcome.report_key, outcome.survival = write_verification(outcome.job, done, outcome.manifests)
+    if len(done) == len(outcome.plan.shards):
+        publish(outcome.job, outcome.plan, outcome.manifests, outcome.report_key)
+
+
+@flow(name="protect-archive", validate_parameters=False)
+def protect_archive(config: JobConfig) -> Outcome:
+    """Protects an archive. Run it again at any time: it goes on where it stopped and repeats nothing.
+
+    Raises:
+        UserError: The job cannot run as configured.
+        RunIncomplete: It ended with problems; holds the outcome.
+    """
+    job, plan = plan_archive(config)
+    tally = Tally(run=config.run, assets=plan.rows)
+    committed = committed_shards(job.destination())
+    todo = [shard for shard in plan.shards if shard.shard_id not in committed]
+    tally.resumed = plan.rows - sum(shard.rows for shard in todo)
+    if todo:
+        _run_waves(job, plan, todo, tally)
+    outcome = Outcome(job=job, plan=plan, tally=tally)
+    publish_results(outcome)
+    create_table_artifact(key="protect-summary", table=summary(outcome), description=config.destination)
+    if outcome.problems:
+        raise RunIncomplete(outcome)
+    return outcome
+
+
+def _run_waves(job: Job, plan: Plan, shards: Sequence[Shard], tally: Tally) -> None:
+    from pipeline.ray_job import cluster  # Ray costs seconds to import; a finished destination needs none
+
+    with cluster(job) as pool:
+        for tasks, complete in cut_waves(job, shards, tally):
+            observer().step("protect", plan.rows, tally.resumed + tally.protected + tally.quarantined)
+            if tasks:
+                protect_wave(job, pool, tasks, tally)
+            good = [shard for shard in complete if shard.shard_id not in tally.failed]
+            if good:
+                check_wave(job, pool, good, tally)
+                commit_wave(job, plan, [shard for shard in good if shard.shard_id not in tally.failed], tally)
+
+
+def summary(outcome: Outcome) -> list[dict[str, Any]]:
+    """One row per committed shard, as the Prefect artifact and the command show it."""
+    return [
+        {
+            "shard": manifest.shard_id,
+            "source": manifest.source["uri"],
+            "assets": manifest.rows_in,
+            "protected": manifest.rows_ok,
+            "quarantined": manifest.rows_quarantined,
+            "checked": manifest.verify["sampled"],
+            **{
+                f"left after {item['purifier']}": None if item["share"] is None else round(item["share"], 3)
+                for item in manifest.verify["survival"]
+                if item["purifier"] != "none"
+            },
+        }
+        for manifest in outcome.manifests
+    ]

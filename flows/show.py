@@ -1,0 +1,140 @@
+"""How the command prints things."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from pipeline.storage import join_url
+from protectors.registry import protector_class, protector_names
+
+if TYPE_CHECKING:
+    from flows.estimate import Estimate
+    from flows.protect import Outcome
+    from pipeline.inspection import Status
+    from pipeline.job import Job
+    from pipeline.plan import Plan
+
+
+def plan(console: Console, job: Job, found: Plan, cost: Estimate) -> None:
+    """What a run would do."""
+    table = Table(title=f"Plan: {job.config.source} -> {job.config.destination}")
+    for name in ("shard", "kind", "source", "assets", "units", "MB"):
+        table.add_column(name, justify="right" if name in ("assets", "units", "MB") else "left")
+    for shard in found.shards[:50]:
+        size = f"{shard.size / 1e6:.1f}"
+        table.add_row(shard.shard_id, shard.kind, shard.key, str(shard.rows), str(shard.units), size)
+    console.print(table)
+    if len(found.shards) > 50:
+        console.print(f"... and {len(found.shards) - 50} more shards")
+    units = sum(shard.units for shard in found.shards)
+    console.print(
+        f"{len(found.shards)} shards, {units} units, {found.rows} assets; {cost.open_assets} still to protect"
+    )
+    _left_out(console, found)
+    console.print(f"method {job.config.job.method.name} {job.protector_config}, model {job.model_digest[:12]}")
+    console.print(cost.text, highlight=False)
+
+
+def _left_out(console: Console, found: Plan) -> None:
+    if found.ignored:
+        names = ", ".join(found.ignored[:3])
+        console.print(f"ignored, because they are no images, Parquet files or tars: {len(found.ignored)} ({names})")
+    for _, reason in found.unreadable:
+        console.print(f"cannot be read: {reason}", style="red", highlight=False, markup=False)
+
+
+def outcome(console: Console, result: Outcome) -> None:
+    """What a run came to."""
+    from flows.protect import summary
+
+    rows = summary(result)
+    if rows:
+        table = Table(title="Committed shards")
+        for name in rows[0]:
+            table.add_column(name, justify="left" if name in ("shard", "source") else "right")
+        for row in rows:
+            table.add_row(*("-" if value is None else str(value) for value in row.values()))
+        console.print(table)
+    for item in result.survival:
+        if item.purifier != "none" and item.share is not None:
+            interval = "" if item.low is None else f" (95 % interval {item.low:.2f} to {item.high:.2f})"
+            console.print(
+                f"after {item.purifier}: {item.share:.2f} of the objective's gain is left{interval}, "
+                f"{item.images} images checked",
+                highlight=False,
+            )
+    tally = result.tally
+    console.print(
+        f"this run: {tally.units} units, {tally.protected} protected, {tally.quarantined} quarantined; "
+        f"{tally.resumed} were done before",
+        highlight=False,
+    )
+    _left_out(console, result.plan)
+    for problem in result.problems:
+        console.print(f"not complete: {problem}", style="red", highlight=False, markup=False)
+    if result.report_key is not None:
+        console.print(f"report: {join_url(result.job.destination().url, result.report_key)}", highlight=False)
+
+
+def status(console: Console, found: Status) -> None:
+    """How far a destination is."""
+    fields = found.binding["fields"]
+    console.print(f"{found.url}: {'finished' if found.finished else 'not finished'}", highlight=False)
+    method = fields["method"]
+    console.print(f"method {method['name']} {method['version']} {method['config']}, model {fields['model'][:12]}")
+    table = Table()
+    for name in ("shard", "assets", "state", "protected", "quarantined", "units"):
+        table.add_column(name)
+    for entry in found.shards:
+        manifest, shard = entry.manifest, entry.shard
+        if manifest is None:
+            table.add_row(shard.shard_id, str(shard.rows), "open", "", "", f"{entry.parts}/{shard.units}")
+        else:
+            counts = (str(manifest.rows_ok), str(manifest.rows_quarantined))
+            table.add_row(shard.shard_id, str(shard.rows), "committed", *counts, f"{shard.units}/{shard.units}")
+    console.print(table)
+    if found.reasons:
+        console.print("quarantined: " + ", ".join(f"{count} {name}" for name, count in found.reasons.most_common()))
+    for row in found.examples:
+        console.print(f"  {row['asset_id']}: {row['stage']}: {row['message']}", highlight=False, markup=False)
+
+
+def inspection(console: Console, results: list[dict[str, Any]]) -> None:
+    """Rows of ``fixative inspect``."""
+    for row in results:
+        table = Table(show_header=False)
+        for name, value in row.items():
+            if value is not None:
+                table.add_row(name, str(value))
+        console.print(table)
+    console.print("every hash was computed again from the stored bytes and agrees", style="green")
+
+
+def methods(console: Console) -> None:
+    """The registered methods."""
+    for name in protector_names():
+        chosen = protector_class(name)
+        console.print(f"[bold]{name}[/bold] {chosen.version}: {(chosen.__doc__ or '').strip().splitlines()[0]}")
+        for preset, config in chosen.presets.items():
+            fields = ", ".join(f"{key}={value}" for key, value in config.to_dict().items())
+            console.print(f"  {preset}: {fields}", highlight=False)
+
+
+def demo(console: Console, result: Outcome, archive: Path, sheet: Path) -> None:
+    """Where the demo's results lie."""
+    destination = result.job.destination().url
+    lines = ["", f"archive:       {archive}"]
+    for manifest in result.manifests:
+        if manifest.data is not None:
+            lines.append(f"shard:         {join_url(destination, manifest.data['key'])}")
+    lines += [
+        f"report:        {join_url(destination, result.report_key or '')}",
+        f"contact sheet: {sheet}",
+        f"next:          fixative status {destination}; fixative inspect {destination}",
+    ]
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True, markup=False)

@@ -1,0 +1,1 @@
+"""Archives, shards, workers, commits and checks: the way of the data. Never imports prefect."""

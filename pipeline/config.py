@@ -1,0 +1,132 @@
+"""What a job is: the settings that decide its results, and those that only decide how it runs."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+PIXEL_CODE_VERSION = 1
+"""Raised whenever decoding, scaling or encoding changes a stored pixel; part of every fingerprint."""
+
+Resolution = Literal["training-scale", "native"]
+OutputFormat = Literal["png", "webp", "jpeg"]
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ArchiveSettings(_Settings):
+    """How to read the source archive."""
+
+    # Parquet column that holds the image (HF struct {bytes, path}, or binary). Found by itself when there is one.
+    image_column: str | None = None
+    # Parquet column with asset ids. Default: `asset_id` where there is one, else shard name and row number.
+    id_column: str | None = None
+    # Images in a folder or prefix are grouped into virtual shards of this many files.
+    files_per_shard: Annotated[int, Field(ge=1, le=100_000)] = 512
+    # Most images in one unit of work: what a crash can cost at most, and one part object in the store.
+    unit_assets: Annotated[int, Field(ge=1, le=256)] = 16
+    # Most source bytes in one unit; a unit with one image may be larger.
+    unit_bytes: Annotated[int, Field(ge=1)] = 10_000_000
+
+
+class MethodSettings(_Settings):
+    """Which protection, how strong, on which model."""
+
+    # A registered method (`fixative methods`), or "module:Class" of another package.
+    name: str = "photoguard"
+    # paper: the publication's numbers; fast: CPU and demo; strong: more steps.
+    preset: str = "fast"
+    # Budget in 8-bit levels of the saved pixels (l_inf). None: the preset's.
+    eps: Annotated[float | None, Field(gt=0, le=64)] = None
+    # Single fields of the method's configuration that replace the preset's.
+    overrides: dict[str, Any] = Field(default_factory=dict)
+    # "nano-sd" (embedded, a laboratory), a diffusers folder, or a hub id.
+    model: str = "nano-sd"
+    # Caption used for every image by methods that condition on text. None: the method's own.
+    prompt: str | None = None
+
+
+class OutputSettings(_Settings):
+    """How protected pixels are stored."""
+
+    # png and webp are lossless; jpeg (quality 95, 4:4:4) loses some protection, and the loss is measured.
+    format: OutputFormat = "png"
+    # training-scale: optimize at the model's size and upsample the perturbation; native: tiles at full size.
+    resolution: Resolution = "training-scale"
+
+
+class CheckSettings(_Settings):
+    """The sampled check of every shard before it is committed."""
+
+    # Share of assets that is checked, chosen by hash of the asset id.
+    fraction: Annotated[float, Field(ge=0, le=1)] = 0.02
+    # At least this many assets per shard, however small it is.
+    min_per_shard: Annotated[int, Field(ge=0)] = 2
+    # Changes which assets are chosen.
+    salt: str = ""
+
+
+class LimitSettings(_Settings):
+    """When an image is refused and when a job is."""
+
+    # Pixels per image; larger ones are quarantined before they are decoded (decompression bombs).
+    max_pixels: Annotated[int, Field(ge=1)] = 200_000_000
+    # Shortest side in pixels that can be protected.
+    min_side: Annotated[int, Field(ge=1)] = 16
+
+
+class JobSettings(_Settings):
+    """Everything that decides the results of a job. Two jobs with equal settings and weights write equal pixels."""
+
+    archive: ArchiveSettings = ArchiveSettings()
+    method: MethodSettings = MethodSettings()
+    output: OutputSettings = OutputSettings()
+    check: CheckSettings = CheckSettings()
+    limits: LimitSettings = LimitSettings()
+    # Base seed; every image's own seed follows from this, the configuration and the image's bytes.
+    seed: int = 0
+
+
+class S3Settings(_Settings):
+    """How to reach S3. Credentials come from the environment, the profile or the machine's role, never from here."""
+
+    endpoint_url: str | None = None
+    region: str | None = None
+    profile: str | None = None
+
+
+class RunSettings(_Settings):
+    """How a job runs. Nothing here changes a stored pixel on one class of device."""
+
+    # Number of optimizer actors. None: one per GPU of the cluster, or one per CPU core.
+    actors: Annotated[int | None, Field(ge=1)] = None
+    # cuda, cpu, or auto: cuda where the cluster has GPUs.
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    # Threads of one CPU actor. Another number may round floats differently, so keep it for one destination.
+    threads: Annotated[int, Field(ge=1)] = 1
+    # Images per forward pass. None: 1 on the CPU, 8 on a GPU; halved by itself when memory runs out.
+    batch_size: Annotated[int | None, Field(ge=1)] = None
+    # Address of a running Ray cluster ("auto", "ray://..."); None starts one here for the run.
+    ray_address: str | None = None
+    # Units handed to Ray at a time; shards are committed between waves.
+    wave_units: Annotated[int, Field(ge=1, le=50_000)] = 5_000
+    # The store cannot refuse a second writer, and you promise that there is none.
+    single_writer: bool = False
+    # The run fails (its results stay) when more than this share of assets, and more than these rows, is quarantined.
+    max_quarantine_fraction: Annotated[float, Field(ge=0, le=1)] = 0.001
+    max_quarantine_rows: Annotated[int, Field(ge=0)] = 5
+    # Deaths of workers in one run after which the machine counts as ill.
+    max_deaths: Annotated[int, Field(ge=1)] = 20
+    s3: S3Settings = S3Settings()
+
+
+class JobConfig(_Settings):
+    """One protection job: from where, to where, what, how."""
+
+    source: str
+    destination: str
+    job: JobSettings = JobSettings()
+    run: RunSettings = RunSettings()

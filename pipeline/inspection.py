@@ -1,0 +1,162 @@
+"""Looks at a destination from outside: how far it is, and whether every stored byte is what its manifest says."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from pipeline.decode import DecodeLimits
+from pipeline.encode import pixel_sha256_of_bytes
+from pipeline.errors import IntegrityError, NotFound, UserError
+from pipeline.ids import sha256_hex
+from pipeline.manifest import Manifest, committed_shards, logical_hash, read_manifest, rows_of, success_manifests
+from pipeline.plan import BINDING_KEY, Shard
+from pipeline.storage import Store, get_json
+
+EXAMPLES = 5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardStatus:
+    """One shard of a destination."""
+
+    shard: Shard
+    manifest: Manifest | None
+    # Units whose part is stored, where the shard is not committed yet.
+    parts: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Status:
+    """How far a destination is."""
+
+    url: str
+    binding: dict[str, Any]
+    finished: bool
+    shards: list[ShardStatus]
+    # How often each error type occurs among the quarantined, and some of them.
+    reasons: Counter[str]
+    examples: list[dict[str, Any]]
+
+
+def read_status(destination: Store) -> Status:
+    """Reads plans, manifests and quarantine of a destination.
+
+    Raises:
+        UserError: Nothing was ever protected into it.
+    """
+    try:
+        binding = get_json(destination, BINDING_KEY)
+    except NotFound as error:
+        raise UserError(f"{destination.url} is no destination of Fixative: it holds no {BINDING_KEY}") from error
+    committed = committed_shards(destination)
+    shards: list[ShardStatus] = []
+    reasons: Counter[str] = Counter()
+    examples: list[dict[str, Any]] = []
+    for item in destination.list("plans/plan-"):
+        for shard in (Shard(**entry) for entry in get_json(destination, item.key)["shards"]):
+            manifest = read_manifest(destination, shard.shard_id) if shard.shard_id in committed else None
+            parts = 0 if manifest else sum(1 for _ in destination.list(f"parts/{shard.shard_id}/"))
+            shards.append(ShardStatus(shard=shard, manifest=manifest, parts=parts))
+            if manifest is not None and manifest.quarantine is not None:
+                rows = quarantined_rows(destination, manifest)
+                reasons.update(row["error_type"] for row in rows)
+                examples += rows[: max(0, EXAMPLES - len(examples))]
+    finished = all(entry.manifest is not None for entry in shards) and _exists(destination, "_SUCCESS.json")
+    return Status(
+        url=destination.url, binding=binding, finished=finished, shards=shards, reasons=reasons, examples=examples
+    )
+
+
+def _exists(destination: Store, key: str) -> bool:
+    try:
+        destination.info(key)
+    except NotFound:
+        return False
+    return True
+
+
+def quarantined_rows(destination: Store, manifest: Manifest) -> list[dict[str, Any]]:
+    """The quarantined assets of a shard with their reasons."""
+    if manifest.quarantine is None:
+        return []
+    with destination.open(manifest.quarantine["key"]) as stream:
+        rows: list[dict[str, Any]] = pq.read_table(stream).to_pylist()
+    return rows
+
+
+def inspect_asset(destination: Store, asset_id: str) -> list[dict[str, Any]]:
+    """The rows of an asset without their bytes, every hash computed again from what is stored.
+
+    Raises:
+        UserError: No such asset.
+        IntegrityError: Stored bytes are not what the row says.
+    """
+    found: list[dict[str, Any]] = []
+    for manifest in success_manifests(destination):
+        for row in rows_of(destination, manifest):
+            if row["asset_id"] == asset_id:
+                _check_row(row)
+                image = row.pop("image")
+                found.append({"status": "protected", "shard_id": manifest.shard_id, "file": image["path"], **row})
+        found += [
+            {"status": "quarantined", **row}
+            for row in quarantined_rows(destination, manifest)
+            if row["asset_id"] == asset_id
+        ]
+    if not found:
+        raise UserError(f"no asset '{asset_id}' in {destination.url}; ids are the column asset_id of its data files")
+    return found
+
+
+def _check_row(row: dict[str, Any]) -> None:
+    data = row["image"]["bytes"]
+    if sha256_hex(data) != row["protected_sha256"]:
+        raise IntegrityError(f"{row['asset_id']}: its stored bytes do not match protected_sha256")
+    limits = DecodeLimits(max_pixels=max(1, row["width"] * row["height"]), min_side=7)
+    if pixel_sha256_of_bytes(data, limits) != row["pixel_sha256"]:
+        raise IntegrityError(f"{row['asset_id']}: its stored pixels do not match pixel_sha256")
+
+
+def verify_destination(destination: Store) -> list[dict[str, Any]]:
+    """Checks every published byte: manifests, data files, rows, pixels; one line per shard.
+
+    Raises:
+        IntegrityError: Something is not what its manifest says; the message names it.
+    """
+    return [_verify_shard(destination, manifest) for manifest in success_manifests(destination)]
+
+
+def _verify_shard(destination: Store, manifest: Manifest) -> dict[str, Any]:
+    for entry in (manifest.data, manifest.quarantine):
+        if entry is not None and _digest(destination, entry["key"]) != entry["sha256"]:
+            raise IntegrityError(f"{destination.url}/{entry['key']} does not match its manifest")
+    identities: list[tuple[str | None, ...]] = []
+    for row in rows_of(destination, manifest):
+        _check_row(row)
+        identities.append((row["asset_id"], row["pixel_sha256"], "protected", row["config_fingerprint"]))
+    for row in quarantined_rows(destination, manifest):
+        identities.append((row["asset_id"], None, "quarantined", row["config_fingerprint"]))
+    if logical_hash(identities) != manifest.logical_sha256 or len(identities) != manifest.rows_in:
+        raise IntegrityError(f"{manifest.shard_id}: its rows do not match logical_sha256 of its manifest")
+    return {
+        "shard_id": manifest.shard_id,
+        "source": manifest.source["uri"],
+        "rows": manifest.rows_in,
+        "protected": manifest.rows_ok,
+        "quarantined": manifest.rows_quarantined,
+        "logical_sha256": manifest.logical_sha256,
+        "checked": "manifest, files, rows and pixels agree",
+    }
+
+
+def _digest(destination: Store, key: str) -> str:
+    digest = hashlib.sha256()
+    with destination.open(key) as stream:
+        while block := stream.read(8 << 20):
+            digest.update(block)
+    return digest.hexdigest()

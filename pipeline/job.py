@@ -1,0 +1,143 @@
+"""A resolved job: what the configuration means on this installation, in the form in which workers get it."""
+
+from __future__ import annotations
+
+import uuid
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.config import PIXEL_CODE_VERSION, JobConfig, S3Settings
+from pipeline.decode import DecodeLimits
+from pipeline.errors import UserError
+from pipeline.ids import fingerprint
+from pipeline.shard_index import kind_of
+from pipeline.storage import StorageOptions, Store, open_store
+from protectors.base import ImageProtector
+from protectors.config import ProtectorConfig
+from protectors.model_files import ModelError, model_base_size, model_digest, resolve_folder
+from protectors.reference import NANO_SD, ReferenceModelError, reference_path, verify_reference
+from protectors.registry import UnknownProtector, protector_class
+
+MODEL_FREE_SIDE = 512  # training scale of methods that use no model
+NO_MODEL = "none"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """Everything that a worker needs. Plain data: it is sent to every process of the run."""
+
+    config: JobConfig
+    # What decides the results, as the binding stores it; ``config_fp`` is its fingerprint.
+    fields: dict[str, Any]
+    config_fp: str
+    run_id: str
+    protector_config: dict[str, Any]
+    protector_version: str
+    # Local folder of the model, "" for methods that need none.
+    model_folder: str
+    model_digest: str
+    # Side in pixels at which the model was trained.
+    base_size: int
+
+    @property
+    def eps_levels(self) -> float:
+        """The l_inf budget in 8-bit levels of the saved pixels."""
+        return float(self.protector_config["eps_levels"])
+
+    @property
+    def limits(self) -> DecodeLimits:
+        """What images are accepted."""
+        limits = self.config.job.limits
+        return DecodeLimits(max_pixels=limits.max_pixels, min_side=limits.min_side)
+
+    def source(self) -> Store:
+        """The archive: a folder or prefix, or the folder of a single shard (``source_key``)."""
+        return open_store(self._source_parts()[0], storage_options(self.config.run.s3))
+
+    @property
+    def source_key(self) -> str:
+        """The one object or folder within ``source`` that is the archive; "" for all of it."""
+        return self._source_parts()[1]
+
+    def _source_parts(self) -> tuple[str, str]:
+        root, _, name = self.config.source.rstrip("/").rpartition("/")
+        return (root or ".", name) if kind_of(name) else (self.config.source, "")
+
+    def destination(self) -> Store:
+        """Where results go."""
+        run = self.config.run
+        return open_store(self.config.destination, storage_options(run.s3), single_writer=run.single_writer)
+
+
+def storage_options(s3: S3Settings) -> StorageOptions:
+    """S3 settings in the form that stores take."""
+    return StorageOptions(endpoint_url=s3.endpoint_url, region=s3.region, profile=s3.profile)
+
+
+def resolve(config: JobConfig) -> Job:
+    """Finds method and model, applies presets, and names everything that decides the results.
+
+    Raises:
+        UserError: unknown method or preset, a value that cannot work, or a folder that is no model.
+    """
+    method = config.job.method
+    try:
+        chosen = protector_class(method.name)
+        settings = _protector_config(chosen, config)
+        folder = _model_folder(method.model) if chosen.needs_model() else ""
+        digest = model_digest(folder) if folder else NO_MODEL
+        base_size = model_base_size(folder) if folder else MODEL_FREE_SIDE
+    except (UnknownProtector, ModelError, ReferenceModelError) as error:
+        raise UserError(str(error)) from error
+    fields = {
+        "method": {"name": method.name, "version": chosen.version, "config": settings.to_dict()},
+        "model": digest,
+        "prompt": method.prompt,
+        "archive": config.job.archive.model_dump(),
+        "output": config.job.output.model_dump(),
+        "check": config.job.check.model_dump(),
+        "limits": config.job.limits.model_dump(),
+        "seed": config.job.seed,
+        "pixel_code": PIXEL_CODE_VERSION,
+    }
+    return Job(
+        config=config,
+        fields=fields,
+        config_fp=fingerprint(fields),
+        run_id=uuid.uuid4().hex[:12],
+        protector_config=settings.to_dict(),
+        protector_version=chosen.version,
+        model_folder=folder,
+        model_digest=digest,
+        base_size=base_size,
+    )
+
+
+def _protector_config(chosen: type[ImageProtector[Any, Any]], config: JobConfig) -> ProtectorConfig:
+    method = config.job.method
+    if method.preset not in chosen.presets:
+        raise UserError(
+            f"method '{method.name}' has no preset '{method.preset}'; it has {', '.join(sorted(chosen.presets))}"
+        )
+    changes = dict(method.overrides)
+    if method.eps is not None:
+        changes["eps_levels"] = float(method.eps)
+    try:
+        return chosen.presets[method.preset].replace(**changes)
+    except ValueError as error:
+        raise UserError(f"method '{method.name}': {error}") from error
+
+
+def _model_folder(name: str) -> str:
+    """A local folder: the embedded model by name, a folder, or the snapshot of a hub id."""
+    if name == NANO_SD:
+        verify_reference(name)
+        return str(reference_path(name))
+    return str(resolve_folder(name))
+
+
+def code_version() -> str:
+    """The installed version of Fixative, for provenance."""
+    from importlib.metadata import version
+
+    return version("fixative")

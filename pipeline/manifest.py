@@ -1,0 +1,138 @@
+"""The committed state of a destination: manifests and ``_SUCCESS.json``, and reading both back, hashes checked."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from pipeline.errors import IntegrityError, NotFound, PreconditionFailed, UserError
+from pipeline.ids import canonical_json, sha256_hex
+from pipeline.storage import Store, get_json, json_bytes, put_json_new
+
+SUCCESS_KEY = "_SUCCESS.json"
+COUNTS = ("rows_in", "rows_ok", "rows_quarantined")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """What one committed shard holds. Readers trust these and nothing else."""
+
+    schema_version: int
+    shard_id: str
+    source: dict[str, Any]
+    # key, sha256, size, rows, row_groups; None when every asset was quarantined.
+    data: dict[str, Any] | None
+    # The same; None when none was.
+    quarantine: dict[str, Any] | None
+    rows_in: int
+    rows_ok: int
+    rows_quarantined: int
+    logical_sha256: str
+    config_fingerprint: str
+    protector: str
+    protector_version: str
+    model_digest: str
+    code_version: str
+    plan_id: str
+    run_id: str
+    writer_id: str
+    created_at: str
+    rung: int
+    verify: dict[str, Any]
+
+    @property
+    def key(self) -> str:
+        """Where it lies."""
+        return manifest_key(self.shard_id)
+
+
+def manifest_key(shard_id: str) -> str:
+    """Where the manifest of a shard lies."""
+    return f"manifests/{shard_id}.json"
+
+
+def logical_hash(identities: Iterable[Sequence[str | None]]) -> str:
+    """Hash of what a shard means: (asset id, pixel hash, status, configuration) of every row, whatever their order.
+
+    Times, run ids and file bytes stay out, so an interrupted and an undisturbed run agree.
+    """
+    rows = sorted(canonical_json(list(row)) for row in identities)
+    return sha256_hex("\n".join(rows))
+
+
+def committed_shards(destination: Store) -> set[str]:
+    """Ids of the shards that have a manifest."""
+    return {item.key.removeprefix("manifests/").removesuffix(".json") for item in destination.list("manifests/")}
+
+
+def read_manifest(destination: Store, shard_id: str) -> Manifest:
+    """Reads one manifest."""
+    return Manifest(**get_json(destination, manifest_key(shard_id)))
+
+
+def publish_success(destination: Store, manifests: Sequence[Manifest], about: dict[str, Any]) -> None:
+    """Publishes ``_SUCCESS.json``: creates it, or replaces exactly the version that was read.
+
+    Entries of another run that published in between are kept. Where nothing is new, nothing is written.
+
+    Args:
+        destination: Where results are.
+        manifests: Every committed shard that this run knows.
+        about: Further fields (run, report); they alone are no reason to write.
+    """
+    entries = {item.key: _entry(destination, item) for item in manifests}
+    document = {**about, "manifests": entries, **_totals(entries), "writer_id": uuid.uuid4().hex}
+    ours, stored = put_json_new(destination, SUCCESS_KEY, document)
+    while not ours and not entries.items() <= stored["manifests"].items():
+        etag = destination.info(SUCCESS_KEY).etag
+        stored = get_json(destination, SUCCESS_KEY)
+        merged = {**stored["manifests"], **entries}
+        try:
+            destination.replace(
+                SUCCESS_KEY, json_bytes({**document, "manifests": merged, **_totals(merged)}), etag=etag
+            )
+            return
+        except PreconditionFailed:
+            continue  # another run published in between: merge with what it wrote
+
+
+def _entry(destination: Store, manifest: Manifest) -> dict[str, Any]:
+    counts = {name: getattr(manifest, name) for name in COUNTS}
+    return {"sha256": sha256_hex(destination.get(manifest.key)), **counts}
+
+
+def _totals(entries: dict[str, dict[str, Any]]) -> dict[str, int]:
+    return {name: sum(entry[name] for entry in entries.values()) for name in COUNTS}
+
+
+def success_manifests(destination: Store) -> Iterator[Manifest]:
+    """Follows ``_SUCCESS.json`` to its manifests and checks their hashes.
+
+    Raises:
+        UserError: There is no finished result here.
+        IntegrityError: A manifest is not the one that was published.
+    """
+    try:
+        success = get_json(destination, SUCCESS_KEY)
+    except NotFound as error:
+        raise UserError(f"{destination.url} holds no {SUCCESS_KEY}: no run has finished here yet") from error
+    for key, entry in sorted(success["manifests"].items()):
+        if sha256_hex(destination.get(key)) != entry["sha256"]:
+            raise IntegrityError(f"{destination.url}/{key} is not the manifest that was published")
+        yield Manifest(**get_json(destination, key))
+
+
+def rows_of(destination: Store, manifest: Manifest, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
+    """The protected rows of a shard, one row group in memory at a time."""
+    if manifest.data is None:
+        return
+    with destination.open(manifest.data["key"]) as stream:
+        parquet = pq.ParquetFile(stream)
+        if parquet.metadata.num_rows != manifest.data["rows"]:
+            raise IntegrityError(f"{destination.url}/{manifest.data['key']} has not the rows its manifest names")
+        for group in range(parquet.metadata.num_row_groups):
+            yield from parquet.read_row_group(group, columns=columns).to_pylist()

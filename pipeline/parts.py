@@ -1,0 +1,138 @@
+"""Turns a protected unit into the bytes of its part: full-size pixels, encoded, measured as stored, with provenance."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import PurePosixPath
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.assets import Asset, Unit
+from pipeline.decode import apply_delta, decode, upright
+from pipeline.encode import choose_format, encode, measure
+from pipeline.errors import AssetError, BudgetExceeded, ErrorInfo, ProtectError
+from pipeline.ids import sha256_hex
+from pipeline.job import Job
+from pipeline.scale import enlarge_delta
+from pipeline.schema import part_schema
+from pipeline.shard_index import IMAGE_SUFFIXES
+
+# Pictures do not shrink any further, but level 1 costs nothing to try, and dictionaries would hold whole pictures.
+PARQUET_OPTIONS: dict[str, Any] = {
+    "compression": "zstd",
+    "compression_level": 1,
+    "use_dictionary": False,
+    "write_page_index": True,
+}
+SUFFIXES = {"png": ".png", "webp": ".webp", "jpeg": ".jpg"}
+RUNG = 0  # the first rung of the preset ladder
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The bytes of a part, and what is in it."""
+
+    data: bytes
+    protected: int
+    # Error types of the quarantined assets.
+    error_types: list[str]
+
+
+def build_part(job: Job, unit: Unit) -> Part:
+    """Encodes every healthy asset of a unit and lists the others with their reasons."""
+    processed_at = datetime.now(UTC)
+    rows: list[dict[str, Any]] = []
+    for asset in unit.assets:
+        row: dict[str, Any] = {}
+        if asset.failure is None:
+            try:
+                row = _protected_row(job, asset)
+            except AssetError as error:
+                asset.failure = ErrorInfo.of(error, "encode")
+        rows.append({**_common_row(job, unit, asset), **row, "processed_at": processed_at})
+    table = pa.Table.from_pylist(rows, part_schema())
+    if unit.customer.num_columns:
+        table = table.append_column("customer", unit.customer.combine_chunks().to_struct_array())
+    failures = [asset.failure.error_type for asset in unit.assets if asset.failure is not None]
+    return Part(_parquet_bytes(table), len(unit.assets) - len(failures), failures)
+
+
+def _parquet_bytes(table: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()  # never straight into the store: a writer that dies leaves a file that reads fine
+    with pq.ParquetWriter(sink, table.schema, **PARQUET_OPTIONS) as writer:
+        writer.write_table(table)
+    return bytes(sink.getvalue())
+
+
+def _common_row(job: Job, unit: Unit, asset: Asset) -> dict[str, Any]:
+    failure = asset.failure
+    return {
+        "row": asset.row,
+        "status": "protected" if failure is None else "quarantined",
+        "asset_id": asset.asset_id,
+        "source_uri": asset.source_uri,
+        "source_etag": asset.source_etag,
+        "source_sha256": asset.source_sha256,
+        "config_fingerprint": job.config_fp,
+        "unit_id": unit.unit_id,
+        "run_id": job.run_id,
+        "attempt": asset.attempt,
+        "stage": failure.stage if failure else None,
+        "error_type": failure.error_type if failure else None,
+        "message": failure.message if failure else None,
+    }
+
+
+def _protected_row(job: Job, asset: Asset) -> dict[str, Any]:
+    """The columns of a protected row, every number measured on the bytes that will be stored.
+
+    Raises:
+        BudgetExceeded: A lossless format does not hold the budget.
+        AssetError: The pixels cannot be encoded.
+    """
+    image = decode(asset.data or b"", limits=job.limits)
+    budget = math.floor(job.eps_levels)
+    height, width = upright(image.pixels, image.orientation).shape[:2]
+    if asset.delta is None:
+        raise ProtectError("the optimizer returned nothing for this image")
+    pixels = apply_delta(image, enlarge_delta(asset.delta, height, width), budget)
+    chosen = choose_format(job.config.job.output.format, image)
+    data = encode(image, pixels, chosen)
+    measured = measure(data, image, job.limits)
+    if chosen != "jpeg" and measured.linf_levels > budget:
+        raise BudgetExceeded(f"stored pixels differ by {measured.linf_levels} levels, the budget is {budget}")
+    return {
+        "image": {"bytes": data, "path": _file_name(asset.asset_id, SUFFIXES[chosen])},
+        "width": measured.width,
+        "height": measured.height,
+        "format": measured.format,
+        "mode": measured.mode,
+        "source_format": image.source_format,
+        "source_mode": image.source_mode,
+        "protected_sha256": sha256_hex(data),
+        "pixel_sha256": measured.pixel_sha256,
+        "protector": job.config.job.method.name,
+        "protector_version": job.protector_version,
+        "model_digest": job.model_digest,
+        "rung": RUNG,
+        "seed": asset.seed,
+        "steps_run": asset.steps,
+        "eps_levels": job.eps_levels,
+        "eps_linf_measured": measured.linf_levels,
+        "psnr": measured.psnr,
+        "ssim": measured.ssim,
+        "objective_before": asset.objective_before,
+        "objective_after": asset.objective_after,
+        "metadata_dropped": list(image.metadata.dropped),
+    }
+
+
+def _file_name(asset_id: str, suffix: str) -> str:
+    """The asset's own file name with the suffix of the format that it is stored in."""
+    name = PurePosixPath(asset_id).name
+    stem = PurePosixPath(name)
+    return f"{stem.stem if stem.suffix.lower() in IMAGE_SUFFIXES else name}{suffix}"

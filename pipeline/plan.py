@@ -1,0 +1,271 @@
+"""Lists the source, cuts it into shards and publishes the plan; binds the destination to one configuration."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.config import ArchiveSettings
+from pipeline.errors import BindingConflict, UserError
+from pipeline.ids import canonical_json, differing_fields, fingerprint, sha256_hex, unit_id
+from pipeline.schema import output_columns
+from pipeline.shard_index import (
+    ShardIndex,
+    UnreadableShard,
+    index_files,
+    index_parquet,
+    index_tar,
+    kind_of,
+    schema_from_text,
+    schema_to_text,
+)
+from pipeline.storage import ObjectInfo, Store, get_json, put_json_new
+from pipeline.units import RowRange
+
+BINDING_KEY = "plans/binding.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shard:
+    """One shard of the plan. ``shard_id`` is its number and the first digits of its source's identity."""
+
+    shard_id: str
+    kind: str
+    key: str
+    etag: str
+    size: int
+    rows: int
+    units: int
+    # The plan that lists it; holds the output columns of all its shards.
+    plan_id: str
+
+    @property
+    def index_key(self) -> str:
+        """Where its index lies in the destination."""
+        return f"plans/index/{self.shard_id}.json"
+
+    @property
+    def number(self) -> int:
+        return int(self.shard_id.split("-")[1])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What a run has to do: every shard of the source as it is now."""
+
+    config_fp: str
+    shards: list[Shard]
+    # Output form of the customer's columns, by plan.
+    columns: dict[str, str]
+    # Objects that look like shards but cannot be read, with the reason. The run goes on, and fails at the end.
+    unreadable: list[tuple[str, str]] = field(default_factory=list)
+    # Objects that are no part of an archive.
+    ignored: list[str] = field(default_factory=list)
+    # Committed shards some of whose source objects have been replaced since, with those objects' keys.
+    superseded: dict[str, list[str]] = field(default_factory=dict)
+    # Indexes of the shards that are not published yet (dry run), by shard id.
+    indexes: dict[str, ShardIndex] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> int:
+        """Number of assets."""
+        return sum(shard.rows for shard in self.shards)
+
+
+def bind(destination: Store, fields: dict[str, Any]) -> str:
+    """Binds the destination to one configuration and returns its fingerprint. Idempotent.
+
+    Raises:
+        BindingConflict: The destination holds results of another configuration; the message names what differs.
+    """
+    config_fp = fingerprint(fields)
+    document = {"writer_id": uuid.uuid4().hex, "config_fingerprint": config_fp, "fields": fields}
+    _, stored = put_json_new(destination, BINDING_KEY, document)
+    if stored["config_fingerprint"] != config_fp:
+        differences = "; ".join(differing_fields(fields, stored["fields"]))
+        raise BindingConflict(
+            f"{destination.url} holds results of another configuration ({differences}). "
+            "Use the old settings, or another destination."
+        )
+    return config_fp
+
+
+def make_plan(
+    source: Store,
+    destination: Store,
+    settings: ArchiveSettings,
+    config_fp: str,
+    *,
+    only: str,
+    committed: set[str],
+    publish: bool,
+) -> Plan:
+    """Plans the source as it is now; with ``publish``, writes what is new to the destination.
+
+    Shards of earlier plans stay as they are. Objects that no earlier plan covers, new or changed, become new shards.
+
+    Args:
+        source: The archive.
+        destination: Where earlier plans are read, and new ones published.
+        settings: How to read the archive.
+        config_fp: Configuration fingerprint of the destination.
+        only: The one object or folder of the source that is the archive; "" for all of it.
+        committed: Ids of shards that have a manifest; they stay even when their source changed.
+        publish: False for a dry run, which writes nothing.
+
+    Raises:
+        UserError: The source holds nothing that can be protected.
+    """
+    listing, ignored = _list_archive(source, only)
+    kept, covered, superseded, columns = _earlier_shards(destination, listing, committed)
+    fresh = [item for item in listing if (item.key, item.etag) not in covered]
+    number = 1 + max((shard.number for shard in kept), default=-1)
+    indexes, unreadable = _index_all(source, fresh, settings)
+    new_plan_id = sha256_hex(canonical_json([[i.key, i.etag, i.units] for i in indexes] + [config_fp, number]))[:16]
+    new: dict[str, ShardIndex] = {}
+    shards = list(kept)
+    for offset, index in enumerate(indexes):
+        shard = _shard(index, number + offset, new_plan_id)
+        shards.append(shard)
+        new[shard.shard_id] = index
+    if not shards:
+        reasons = [reason for _, reason in unreadable]
+        nothing = f"{source.url} holds no images, Parquet files or tars ({len(ignored)} other objects were ignored)"
+        raise UserError(reasons[0] if reasons else nothing)
+    if new:
+        columns[new_plan_id] = schema_to_text(output_columns(i.schema for i in new.values()))
+    if new and publish:
+        _publish(destination, new_plan_id, [s for s in shards if s.shard_id in new], new, columns[new_plan_id])
+    return Plan(
+        config_fp=config_fp,
+        shards=shards,
+        columns=columns,
+        unreadable=unreadable,
+        ignored=ignored,
+        superseded=superseded,
+        indexes=new,
+    )
+
+
+def _list_archive(source: Store, only: str) -> tuple[list[ObjectInfo], list[str]]:
+    listing: list[ObjectInfo] = []
+    ignored: list[str] = []
+    for item in source.list(only):
+        if only and item.key != only and not item.key.startswith(f"{only}/"):
+            continue
+        if kind_of(item.key) is None:
+            ignored.append(item.key)
+        else:
+            listing.append(item)
+    return listing, ignored
+
+
+def _earlier_shards(
+    destination: Store, listing: Sequence[ObjectInfo], committed: set[str]
+) -> tuple[list[Shard], set[tuple[str, str]], dict[str, list[str]], dict[str, str]]:
+    """Shards of earlier plans that still hold, what they cover, what was superseded, and output columns by plan."""
+    now = {item.key: item.etag for item in listing}
+    kept: list[Shard] = []
+    covered: set[tuple[str, str]] = set()
+    superseded: dict[str, list[str]] = {}
+    columns: dict[str, str] = {}
+    for item in destination.list("plans/plan-"):
+        document = get_json(destination, item.key)
+        columns[document["plan_id"]] = document["columns"]
+        for shard in (Shard(**entry) for entry in document["shards"]):
+            sources = _sources(destination, shard)
+            stale = [key for key, etag in sources if now.get(key) != etag]
+            if stale and shard.shard_id not in committed:
+                continue  # can no longer be read as planned; what is left of it is planned anew
+            kept.append(shard)
+            covered.update(sources)
+            replaced = [key for key in stale if key in now]
+            if replaced:
+                superseded[shard.shard_id] = replaced
+    return kept, covered, superseded, columns
+
+
+def _sources(destination: Store, shard: Shard) -> list[tuple[str, str]]:
+    if shard.kind != "files":
+        return [(shard.key, shard.etag)]
+    return [(key, etag) for key, etag, _ in load_index(destination, shard).members]
+
+
+def _index_all(
+    source: Store, fresh: Iterable[ObjectInfo], settings: ArchiveSettings
+) -> tuple[list[ShardIndex], list[tuple[str, str]]]:
+    indexes: list[ShardIndex] = []
+    unreadable: list[tuple[str, str]] = []
+    files: list[ObjectInfo] = []
+    readers: dict[str, Callable[[Store, ObjectInfo, ArchiveSettings], ShardIndex]] = {
+        "parquet": index_parquet,
+        "tar": index_tar,
+    }
+    for item in fresh:
+        kind = kind_of(item.key)
+        if kind == "files":
+            files.append(item)
+            continue
+        try:
+            index = readers[str(kind)](source, item, settings)
+        except UnreadableShard as error:
+            unreadable.append((item.key, str(error)))
+            continue
+        if index.rows:
+            indexes.append(index)
+    for start in range(0, len(files), settings.files_per_shard):
+        chunk = files[start : start + settings.files_per_shard]
+        identity = canonical_json([[item.key, item.etag] for item in chunk])
+        indexes.append(index_files(chunk, sha256_hex(identity)[:32], settings))
+    return indexes, unreadable
+
+
+def _shard(index: ShardIndex, number: int, plan_id: str) -> Shard:
+    identity = sha256_hex(f"{index.kind}|{index.key}|{index.etag}")[:8]
+    return Shard(
+        shard_id=f"shard-{number:05d}-{identity}",
+        kind=index.kind,
+        key=index.key,
+        etag=index.etag,
+        size=index.size,
+        rows=index.rows,
+        units=len(index.units),
+        plan_id=plan_id,
+    )
+
+
+def _publish(
+    destination: Store, plan_id: str, shards: Sequence[Shard], indexes: dict[str, ShardIndex], columns: str
+) -> None:
+    """Writes the indexes, then the plan that names them. Two planners of one listing write the same."""
+    writer = uuid.uuid4().hex
+    for shard in shards:
+        put_json_new(destination, shard.index_key, {"writer_id": writer, **indexes[shard.shard_id].to_json()})
+    document = {
+        "writer_id": writer,
+        "plan_id": plan_id,
+        "columns": columns,
+        "shards": [asdict(shard) for shard in shards],
+    }
+    put_json_new(destination, f"plans/plan-{shards[0].number:05d}-{plan_id}.json", document)
+
+
+def load_index(destination: Store, shard: Shard) -> ShardIndex:
+    """Reads a shard's published index."""
+    document = get_json(destination, shard.index_key)
+    document.pop("writer_id")
+    return ShardIndex.from_json(document)
+
+
+def plan_columns(plan: Plan, shard: Shard) -> pa.Schema:
+    """Output form of the customer's columns for a shard."""
+    return schema_from_text(plan.columns[shard.plan_id])
+
+
+def unit_ids(index: ShardIndex, config_fp: str, rung: int = 0) -> dict[str, RowRange]:
+    """The shard's units by id, in row order."""
+    return {unit_id(index.key, index.etag, unit, config_fp, rung): unit for unit in index.units}

@@ -1,0 +1,223 @@
+"""Runs the stages of a job on Ray Data: a stream of units through CPU tasks and a pool of optimizer actors."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+from ray.data import ActorPoolStrategy, Dataset
+
+from pipeline.assets import Unit
+from pipeline.errors import FatalWorkerError, PipelineError, UserError
+from pipeline.finalize import finalize_shard
+from pipeline.job import Job
+from pipeline.manifest import Manifest
+from pipeline.plan import Shard
+from pipeline.run import Task
+from pipeline.verify.check import Check, measure_check, prepare_checks, store_check
+from pipeline.worker import Optimizer, Receipt, load_units, store_unit
+
+# Shares of a core. They differ from an actor's 1 so that Ray does not fuse the stages: decode and encode must not
+# wait in the actor, with or without a GPU.
+LOAD_CPUS = 0.5
+STORE_CPUS = 0.5
+FINALIZE_CPUS = 0.5
+SPARE_CPUS = 1.0  # what load and store need beside the actors
+IN_FLIGHT = 2  # units per actor: the next one is there when one is done
+NO_PROGRESS_S = 6 * 3600  # a unit of the slowest preset on a CPU may take an hour
+ITEM = "item"
+
+Batch = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """The optimizer actors of a run."""
+
+    actors: int
+    device: str
+
+    @property
+    def resources(self) -> dict[str, float]:
+        """What one actor asks of Ray."""
+        return {"num_cpus": 1, "num_gpus": 1} if self.device == "cuda" else {"num_cpus": 1}
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """A shard that could not go on; it stays uncommitted and the run ends with an error."""
+
+    shard_id: str
+    error: str
+
+
+@contextmanager
+def cluster(job: Job) -> Iterator[Pool]:
+    """Connects to the configured Ray cluster, or starts one on this machine for the run, and sizes the pool.
+
+    Raises:
+        UserError: The cluster cannot be reached, or is too small for the actors that were asked for.
+    """
+    run = job.config.run
+    joined = ray.is_initialized()
+    if not joined:
+        _start(run.ray_address, run.actors)
+    try:
+        pool = _pool(job)
+        yield pool
+    finally:
+        if not joined:
+            ray.shutdown()
+
+
+def _start(address: str | None, actors: int | None) -> None:
+    # ray.init takes SIGTERM over; Prefect needs it to cancel a run cleanly.
+    handler = signal.getsignal(signal.SIGTERM)
+    options: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False}
+    if address is None:
+        cores = os.cpu_count() or 1
+        options |= {"num_cpus": max(cores, actors or cores) + SPARE_CPUS, "include_dashboard": True}
+    try:
+        ray.init(address=address, **options)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise UserError(f"no Ray cluster at '{address}': {error}") from error
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+
+
+def dashboard_url() -> str | None:
+    """Address of the Ray dashboard of the connected cluster."""
+    host = ray.worker.get_dashboard_url()
+    return f"http://{host}" if host else None
+
+
+def _pool(job: Job) -> Pool:
+    run, cluster_has = job.config.run, ray.cluster_resources()
+    gpus, cpus = int(cluster_has.get("GPU", 0)), cluster_has.get("CPU", 0.0)
+    device = run.device if run.device != "auto" else ("cuda" if gpus else "cpu")
+    actors = run.actors or (gpus if device == "cuda" else max(1, int(cpus - SPARE_CPUS)))
+    if device == "cuda" and actors > gpus:
+        raise UserError(f"{actors} GPU actors were asked for and the cluster has {gpus} GPUs; lower --actors")
+    if actors + SPARE_CPUS > cpus:
+        raise UserError(
+            f"{actors} actors and the decoding beside them need {actors + SPARE_CPUS:g} CPUs, the cluster has "
+            f"{cpus:g}; lower --actors"
+        )
+    return Pool(actors, device)
+
+
+def protect_units(job: Job, pool: Pool, tasks: Sequence[Task]) -> Iterator[Receipt | Failed]:
+    """Protects units and stores their parts; yields a receipt as each is done, in no particular order."""
+    stream = _source(tasks).map_batches(load, batch_size=1, num_cpus=LOAD_CPUS, fn_kwargs={"job": job})
+    stream = _on_actors(stream, job, pool)
+    stream = stream.map_batches(store, batch_size=1, num_cpus=STORE_CPUS, fn_kwargs={"job": job})
+    yield from _results(stream)
+
+
+def check_shards(job: Job, pool: Pool, shards: Sequence[Shard]) -> Iterator[str | Failed]:
+    """Checks the samples of shards whose parts are all stored, on the same kind of actors; yields result keys."""
+    stream = _source(shards).map_batches(prepare, batch_size=1, num_cpus=LOAD_CPUS, fn_kwargs={"job": job})
+    yield from _results(_on_actors(stream, job, pool))
+
+
+def finalize_shards(job: Job, shards: Sequence[tuple[Shard, pa.Schema]]) -> Iterator[Manifest | Failed]:
+    """Commits shards whose parts and checks are all stored."""
+    stream = _source(shards).map_batches(finalize, batch_size=1, num_cpus=FINALIZE_CPUS, fn_kwargs={"job": job})
+    yield from _results(stream)
+
+
+def load(batch: Batch, job: Job) -> Iterator[Batch]:
+    """Stage: a task becomes its units, read and decoded."""
+    yield from _each(batch, lambda task: load_units(job, task.shard, task.units))
+
+
+class Optimize:
+    """Stage: a unit is protected, or a check measured. One instance per actor."""
+
+    def __init__(self, job: Job, device: str) -> None:
+        self.job = job
+        self.optimizer = Optimizer(job, device)
+
+    def __call__(self, batch: Batch) -> Iterator[Batch]:
+        yield from _each(batch, self._one)
+
+    def _one(self, item: Unit | Check) -> Iterator[Unit | str]:
+        if isinstance(item, Check):
+            store_check(self.job, item.key, measure_check(self.optimizer, item))
+            yield item.key
+        else:
+            yield self.optimizer.protect(item)
+
+
+def store(batch: Batch, job: Job) -> Iterator[Batch]:
+    """Stage: a protected unit becomes its stored part and a receipt."""
+    yield from _each(batch, lambda unit: iter([store_unit(job, unit)]))
+
+
+def prepare(batch: Batch, job: Job) -> Iterator[Batch]:
+    """Stage: a shard becomes its checks."""
+    yield from _each(batch, lambda shard: prepare_checks(job, shard))
+
+
+def finalize(batch: Batch, job: Job) -> Iterator[Batch]:
+    """Stage: a shard becomes its committed manifest."""
+    yield from _each(batch, lambda item: iter([finalize_shard(job, *item)]))
+
+
+def _each(batch: Batch, work: Callable[[Any], Iterator[Any]]) -> Iterator[Batch]:
+    """Applies a stage to the one item of a batch. An item that fails travels on as ``Failed``, past later stages."""
+    (item,) = batch[ITEM]
+    if isinstance(item, Failed):
+        yield _boxed(item)
+        return
+    try:
+        for result in work(item):
+            yield _boxed(result)
+    except FatalWorkerError:
+        raise  # the machine is ill: this must end the job
+    except PipelineError as error:
+        yield _boxed(Failed(_shard_id(item), f"{type(error).__name__}: {error}"))
+
+
+def _shard_id(item: Any) -> str:
+    shard = item[0] if isinstance(item, tuple) else getattr(item, "shard", item)
+    return str(shard.shard_id)
+
+
+def _boxed(item: Any) -> Batch:
+    box = np.empty(1, object)  # np.array would take a sequence apart
+    box[0] = item
+    return {ITEM: box}
+
+
+def _source(items: Sequence[Any]) -> Dataset:
+    stream = ray.data.from_items([{ITEM: item} for item in items], override_num_blocks=len(items))
+    # Every row is a block of its own, also the ones that a generator yields: a unit is what Ray schedules.
+    stream.context.target_max_block_size = 1
+    stream.context.enable_progress_bars = False  # the command shows its own
+    stream.context.execution_options.verbose_progress = False
+    stream.context.execution_no_progress_timeout_s = NO_PROGRESS_S
+    return stream
+
+
+def _on_actors(stream: Dataset, job: Job, pool: Pool) -> Dataset:
+    return stream.map_batches(
+        Optimize,
+        batch_size=1,
+        compute=ActorPoolStrategy(size=pool.actors, max_tasks_in_flight_per_actor=IN_FLIGHT),
+        fn_constructor_kwargs={"job": job, "device": pool.device},
+        **pool.resources,
+    )
+
+
+def _results(stream: Dataset) -> Iterator[Any]:
+    for batch in stream.iter_batches(batch_size=1, batch_format="numpy", prefetch_batches=0):
+        yield batch[ITEM][0]

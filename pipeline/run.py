@@ -1,0 +1,147 @@
+"""The steps of a run between which it may die at any time: prepare, cut waves, tally receipts, publish."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+from pipeline.config import JobConfig, RunSettings
+from pipeline.errors import FatalWorkerError, UserError
+from pipeline.job import Job, code_version, resolve
+from pipeline.manifest import Manifest, committed_shards, publish_success
+from pipeline.plan import Plan, Shard, bind, load_index, make_plan, unit_ids
+from pipeline.storage import Store, check_conditional_writes, same_or_nested
+from pipeline.units import RowRange, group_units
+from pipeline.worker import Receipt
+
+SAME_ERROR_ROWS = 50  # this many rows with one error type stop a run early, if they exceed the tolerated share
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """Units of one shard that are read together."""
+
+    shard: Shard
+    units: tuple[str, ...]
+    rows: int
+
+
+@dataclass(slots=True, kw_only=True)
+class Tally:
+    """Counts of a run. ``add`` refuses to go on when the same error comes again and again."""
+
+    run: RunSettings
+    # Assets of the plan, and those of them that were done before this run.
+    assets: int
+    resumed: int = 0
+    units: int = 0
+    protected: int = 0
+    errors: Counter[str] = field(default_factory=Counter)
+    # Shards that could not go on, with the reason.
+    failed: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def quarantined(self) -> int:
+        """Assets that this run quarantined."""
+        return self.errors.total()
+
+    @property
+    def tolerated(self) -> float:
+        """Quarantined assets up to which the run counts as good."""
+        return max(self.run.max_quarantine_rows, self.run.max_quarantine_fraction * self.assets)
+
+    def add(self, receipt: Receipt) -> None:
+        """Takes the receipt of a finished unit.
+
+        Raises:
+            FatalWorkerError: One error type has hit ``SAME_ERROR_ROWS`` assets and more than are tolerated.
+        """
+        self.units += 1
+        self.protected += receipt.protected
+        self.errors.update(receipt.quarantined)
+        for name, count in self.errors.most_common(1):
+            if count >= SAME_ERROR_ROWS and count > self.tolerated:
+                raise FatalWorkerError(
+                    f"stopped: {count} assets failed with {name}, which looks like one cause. See "
+                    "`fixative status` for examples; what is done stays, run the same command to go on."
+                )
+
+
+def prepare(config: JobConfig, *, dry_run: bool = False) -> tuple[Job, Plan]:
+    """Resolves the job, tests and binds the destination, and plans the source. A dry run writes nothing.
+
+    Raises:
+        UserError: The job cannot run as configured.
+    """
+    if same_or_nested(config.source, config.destination):
+        raise UserError(
+            f"source {config.source} and destination {config.destination} overlap: originals could be overwritten. "
+            "Choose a destination outside the source."
+        )
+    job = resolve(config)
+    source, destination = job.source(), job.destination()
+    if next(source.list(job.source_key), None) is None:  # before anything is written: a typing error must bind nothing
+        raise UserError(f"{config.source} is empty or does not exist: there is nothing to protect")
+    if not dry_run:
+        check_conditional_writes(destination)
+        bind(destination, job.fields)
+    plan = make_plan(
+        source,
+        destination,
+        config.job.archive,
+        job.config_fp,
+        only=job.source_key,
+        committed=committed_shards(destination),
+        publish=not dry_run,
+    )
+    return job, plan
+
+
+def open_units(destination: Store, shard: Shard, config_fp: str) -> list[list[tuple[str, RowRange]]]:
+    """The units of a shard that have no part yet, in groups that are read together."""
+    index = load_index(destination, shard)
+    names = {rows: name for name, rows in unit_ids(index, config_fp).items()}
+    stored = {
+        item.key.rpartition("/")[2].removesuffix(".parquet") for item in destination.list(f"parts/{shard.shard_id}/")
+    }
+    missing = [rows for rows, name in names.items() if name not in stored]
+    return [[(names[rows], rows) for rows in group] for group in group_units(missing, index.row_groups)]
+
+
+def cut_waves(job: Job, shards: Sequence[Shard], tally: Tally) -> Iterator[tuple[list[Task], list[Shard]]]:
+    """Yields waves: the tasks of each, and the shards that are complete when they are done.
+
+    Ray's driver keeps some memory per unit, so a wave is bounded; shards are committed between waves.
+    """
+    destination = job.destination()
+    tasks: list[Task] = []
+    complete: list[Shard] = []
+    units = 0
+    for shard in shards:
+        groups = open_units(destination, shard, job.config_fp)
+        tally.resumed += shard.rows - sum(high - low for group in groups for _, (low, high) in group)
+        for group in groups:
+            if units + len(group) > job.config.run.wave_units and tasks:
+                yield tasks, complete
+                tasks, complete, units = [], [], 0
+            tasks.append(Task(shard, tuple(name for name, _ in group), sum(high - low for _, (low, high) in group)))
+            units += len(group)
+        complete.append(shard)
+    if tasks or complete:
+        yield tasks, complete
+
+
+def publish(job: Job, plan: Plan, manifests: Sequence[Manifest], report_key: str) -> None:
+    """Publishes ``_SUCCESS.json``. Call it once every shard of the plan is committed."""
+    about = {
+        "config_fingerprint": job.config_fp,
+        # Rows of these source objects have newer versions in later shards.
+        "superseded": plan.superseded,
+        "report": report_key,
+        "code_version": code_version(),
+        "run_id": job.run_id,
+        "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    publish_success(job.destination(), manifests, about)

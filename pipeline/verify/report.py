@@ -1,0 +1,57 @@
+"""Writes what a run's checks found: every number that a report shows, with sample size and interval."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from pipeline.job import Job, code_version
+from pipeline.manifest import Manifest
+from pipeline.plan import Shard
+from pipeline.storage import json_bytes
+from pipeline.verify.check import stored_checks
+from pipeline.verify.purify import PURIFIERS
+from pipeline.verify.statistics import CONFIDENCE, RESAMPLES, Survival, survival
+
+SCHEMA_VERSION = 1
+
+
+def write_verification(job: Job, shards: Sequence[Shard], manifests: Sequence[Manifest]) -> tuple[str, list[Survival]]:
+    """Writes ``reports/<run_id>/verification.json`` over all committed shards; returns its key and the totals."""
+    destination = job.destination()
+    per_shard: dict[str, Any] = {}
+    everything: list[dict[str, list[float]]] = []
+    rows = {manifest.shard_id: manifest for manifest in manifests}
+    for shard in shards:
+        checks = list(stored_checks(destination, shard).values())
+        everything += checks
+        per_shard[shard.shard_id] = {
+            "rows_in": rows[shard.shard_id].rows_in,
+            "rows_ok": rows[shard.shard_id].rows_ok,
+            "rows_quarantined": rows[shard.shard_id].rows_quarantined,
+            "sampled": len(checks),
+            "survival": [asdict(item) for item in survival(checks)],
+        }
+    total = survival(everything)
+    document = {
+        "schema_version": SCHEMA_VERSION,
+        "run_id": job.run_id,
+        "config_fingerprint": job.config_fp,
+        "protector": job.config.job.method.name,
+        "protector_config": job.protector_config,
+        "model_digest": job.model_digest,
+        "code_version": code_version(),
+        "measure": (
+            "share of the objective's gain that is left after the purifier, on decoded stored bytes; "
+            "gain = objective(protected) - objective(clean), both treated by the same purifier"
+        ),
+        "interval": {"kind": "percentile bootstrap over images", "confidence": CONFIDENCE, "resamples": RESAMPLES},
+        "purifiers": sorted(PURIFIERS),
+        "sampled": len(everything),
+        "survival": [asdict(item) for item in total],
+        "shards": per_shard,
+    }
+    key = f"reports/{job.run_id}/verification.json"
+    destination.put_new(key, json_bytes(document))
+    return key, total

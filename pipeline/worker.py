@@ -1,0 +1,218 @@
+"""What happens to one unit: load it, protect it, store its part. Knows no Ray; every step can die and be repeated."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from pipeline.assets import Asset, Unit
+from pipeline.decode import decode, model_view
+from pipeline.errors import AlreadyExists, AssetError, ErrorInfo, ProtectError
+from pipeline.fuse import begin
+from pipeline.ids import asset_seed
+from pipeline.job import Job
+from pipeline.parts import build_part
+from pipeline.plan import Shard, load_index, unit_ids
+from pipeline.readers import read_units
+from pipeline.scale import Box, blend_tiles, tile_boxes, to_training_scale
+from protectors.base import ImageFacts, ImageProtector
+from protectors.diffusion import load_model
+from protectors.registry import protector_class
+
+# Decoded pixels that may travel with one unit; what is beyond is decoded by the optimizer, one image at a time.
+TRAVELLING_BYTES = 256_000_000
+DEVICE_FAULT_EXIT = 17
+GPU_BATCH = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Receipt:
+    """What became of one unit. Small: the driver collects these."""
+
+    shard_id: str
+    unit_id: str
+    protected: int = 0
+    # Error types of the quarantined assets.
+    quarantined: list[str] = field(default_factory=list)
+
+
+def load_units(job: Job, shard: Shard, wanted: Sequence[str]) -> Iterator[Unit]:
+    """Reads and decodes units of a shard that lie together, one at a time."""
+    index = load_index(job.destination(), shard)
+    ranges = unit_ids(index, job.config_fp)
+    source = job.source()
+    for name, rows in zip(wanted, read_units(source, index, [ranges[name] for name in wanted]), strict=True):
+        unit = Unit(shard_id=shard.shard_id, unit_id=name, assets=rows.assets, customer=rows.customer)
+        travelling = 0
+        for asset in unit.healthy:
+            asset.seed = asset_seed(str(asset.source_sha256), job.config_fp)
+            try:
+                view = optimizer_view(job, asset)
+            except AssetError as error:
+                asset.failure = ErrorInfo.of(error, "decode")
+                continue
+            travelling += view.nbytes
+            asset.view = view if travelling <= TRAVELLING_BYTES else None
+        yield unit
+
+
+def optimizer_view(job: Job, asset: Asset) -> npt.NDArray[np.uint8]:
+    """The image as the optimizer sees it: upright sRGB uint8 (h, w, 3), at training scale or at its own size.
+
+    Raises:
+        DecodeError: The bytes are no image that can be protected.
+    """
+    pixels = model_view(decode(asset.data or b"", limits=job.limits))
+    if job.config.job.output.resolution == "training-scale":
+        return to_training_scale(pixels, job.base_size)
+    return pixels
+
+
+class Optimizer:
+    """Holds the model and protects units. One per actor.
+
+    Args:
+        job: The job; the model is loaded here.
+        device: "cpu" or "cuda".
+    """
+
+    def __init__(self, job: Job, device: str) -> None:
+        if device == "cpu":
+            # Sums are rounded by thread count: a fixed number keeps pixels equal on every pool size.
+            torch.set_num_threads(job.config.run.threads)
+        chosen = protector_class(job.config.job.method.name)
+        model = load_model(job.model_folder, device=device) if job.model_folder else None
+        self.job = job
+        self.protector: ImageProtector[Any, Any] = chosen(chosen.config_type.from_dict(job.protector_config), model)
+        self.batch_size = job.config.run.batch_size or (GPU_BATCH if device == "cuda" else 1)
+        self.destination = job.destination()
+        self.images = 0
+        self.busy_s = 0.0
+
+    def protect(self, unit: Unit) -> Unit:
+        """Fills in ``delta`` and facts of every healthy asset, or its failure. Marks the attempt first."""
+        if not unit.healthy:
+            return unit
+        attempt = begin(self.destination, unit.unit_id, self.job.run_id, max_deaths=self.job.config.run.max_deaths)
+        started = time.monotonic()
+        for asset in unit.healthy:
+            asset.attempt = attempt.number
+            if asset.row in attempt.blamed:
+                asset.failure = ErrorInfo("protect", "CrashLoop", "the worker died twice while it protected this image")
+        if attempt.isolate:
+            for asset in unit.healthy:
+                attempt.mark(asset.row)
+                self._protect_assets([asset])
+        else:
+            self._protect_assets(unit.healthy)
+        self.images += len(unit.healthy)
+        self.busy_s += time.monotonic() - started
+        return unit
+
+    def objective(self, images: Sequence[npt.NDArray[np.uint8]], seed: int) -> list[float]:
+        """The method's objective on versions of one image, the first being the clean one; all of one size."""
+        batch = _tensor(images)
+        values: list[float] = []
+        for image in batch:
+            value = self.protector.objective(image[None], originals=batch[:1], prompts=self._prompts(1), seeds=[seed])
+            values.append(float(value[0]))
+        return values
+
+    def _protect_assets(self, assets: Sequence[Asset]) -> None:
+        groups: dict[tuple[int, int], list[_Tile]] = defaultdict(list)
+        for asset in assets:
+            view = asset.view if asset.view is not None else optimizer_view(self.job, asset)
+            for number, box in enumerate(tile_boxes(view.shape[0], view.shape[1], self.job.base_size)):
+                tile = view[box.top : box.top + box.height, box.left : box.left + box.width]
+                seed = int(asset.seed or 0)
+                groups[tile.shape[0], tile.shape[1]].append(
+                    _Tile(asset, box, tile, seed if number == 0 else asset_seed(f"{seed}", "", str(number)))
+                )
+        tiles = [tile for group in groups.values() for tile in group]
+        for group in groups.values():
+            for start in range(0, len(group), self.batch_size):
+                self._protect_tiles(group[start : start + self.batch_size])
+        for asset in assets:
+            own = [tile for tile in tiles if tile.asset is asset]
+            if asset.failure is None:
+                _join(asset, own)
+
+    def _protect_tiles(self, tiles: Sequence[_Tile]) -> None:
+        """Protects tiles of one shape. A batch that fails is halved until the tile at fault stands alone."""
+        try:
+            result = self.protector.protect(
+                _tensor([tile.pixels for tile in tiles]),
+                prompts=self._prompts(len(tiles)),
+                seeds=[tile.seed for tile in tiles],
+            )
+        except Exception as error:  # noqa: BLE001 - whatever a method raises must not take the other images down
+            _exit_on_device_fault(error)
+            if len(tiles) > 1:
+                middle = len(tiles) // 2
+                self._protect_tiles(tiles[:middle])
+                self._protect_tiles(tiles[middle:])
+            else:
+                tiles[0].asset.failure = ErrorInfo.of(error, "protect")
+            return
+        levels = (result.images * 255).round().to(torch.int16).permute(0, 2, 3, 1).numpy()
+        for tile, saved, facts in zip(tiles, levels, result.facts, strict=True):
+            if facts.failed is not None:
+                tile.asset.failure = ErrorInfo.of(ProtectError(facts.failed), "protect")
+            tile.delta = (saved - tile.pixels.astype(np.int16)).astype(np.int8)
+            tile.facts = facts
+
+    def _prompts(self, count: int) -> list[str] | None:
+        prompt = self.job.config.job.method.prompt
+        return None if prompt is None else [prompt] * count
+
+
+@dataclass(slots=True)
+class _Tile:
+    asset: Asset
+    box: Box
+    pixels: npt.NDArray[np.uint8]
+    seed: int
+    delta: npt.NDArray[np.int8] | None = None
+    facts: ImageFacts | None = None
+
+
+def _join(asset: Asset, tiles: Sequence[_Tile]) -> None:
+    height = max(tile.box.top + tile.box.height for tile in tiles)
+    width = max(tile.box.left + tile.box.width for tile in tiles)
+    facts = [tile.facts for tile in tiles if tile.facts is not None]
+    deltas = [tile.delta for tile in tiles if tile.delta is not None]
+    asset.delta = blend_tiles(deltas, [tile.box for tile in tiles], height, width)
+    asset.steps = max(fact.steps for fact in facts)
+    asset.objective_before = float(np.mean([fact.objective_before for fact in facts]))
+    asset.objective_after = float(np.mean([fact.objective_after for fact in facts]))
+
+
+def _tensor(images: Sequence[npt.NDArray[np.uint8]]) -> torch.Tensor:
+    stacked = torch.from_numpy(np.stack(images))
+    return stacked.permute(0, 3, 1, 2).float().div(255)
+
+
+def _exit_on_device_fault(error: Exception) -> None:
+    """Ends the process on a CUDA fault: every later image would fail in it too. Ray starts a new worker."""
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        torch.cuda.empty_cache()
+    elif isinstance(error, torch.AcceleratorError) or "CUDA error" in str(error):
+        os._exit(DEVICE_FAULT_EXIT)
+
+
+def store_unit(job: Job, unit: Unit) -> Receipt:
+    """Encodes, measures and writes the unit's part with one create-only PUT; a part that is there already wins."""
+    part = build_part(job, unit)
+    # Where another run stored the unit first, its part stays: a finalizer may be reading it.
+    with suppress(AlreadyExists):
+        job.destination().put_new(unit.part_key, part.data)
+    return Receipt(shard_id=unit.shard_id, unit_id=unit.unit_id, protected=part.protected, quarantined=part.error_types)

@@ -1,0 +1,1 @@
+"""Protection methods: tensors in, tensors out. Depends on PyTorch and diffusers only."""

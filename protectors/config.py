@@ -1,0 +1,113 @@
+"""Configuration of a method: a frozen dataclass that checks itself and can be rebuilt from its JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal, Self, Union, get_args, get_origin, get_type_hints
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProtectorConfig:
+    """Base of every method's configuration.
+
+    Fields hold plain JSON values only, so that ``canonical_json()`` can name the configuration in
+    fingerprints. Subclasses add fields and override ``check``; types are checked here for all of them.
+
+    Raises:
+        ValueError: a field has the wrong type or a value that cannot work; the message says the fix.
+    """
+
+    # Largest change of any saved pixel value, in 8-bit levels. A file can only use whole levels, so 7.65
+    # gives 7. Larger protects better and shows more.
+    eps_levels: float = 8.0
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for field in fields(self):
+            value = _conform(field.name, hints[field.name], getattr(self, field.name))
+            object.__setattr__(self, field.name, value)
+        self.check()
+
+    def check(self) -> None:
+        """Raises ValueError if the values do not fit together; subclasses call their parent's first."""
+        # super() without arguments fails in slots dataclasses on Python 3.11 (the decorator makes a new
+        # class): subclasses write ``ProtectorConfig.check(self)``.
+        require(1 <= self.eps_levels <= 255, "eps_levels", self.eps_levels, "use 1 to 255 (8-bit levels)")
+
+    def canonical_json(self) -> str:
+        """The one JSON text of these values: sorted keys, no spaces; 8 and 8.0 give the same text."""
+        return json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Field names and values; ``from_dict`` of it is equal to this object."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Builds the configuration; missing fields take their defaults, unknown ones raise ValueError."""
+        known = [field.name for field in fields(cls)]
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise ValueError(f"{cls.__name__} has no field {', '.join(map(repr, unknown))}; known: {', '.join(known)}")
+        return cls(**values)
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some fields changed, checked like a new one; unknown fields raise ValueError."""
+        return self.from_dict({**self.to_dict(), **changes})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PgdConfig(ProtectorConfig):
+    """Fields shared by all methods that climb or descend an objective in sign steps."""
+
+    # Sign steps per image. Time grows in proportion; 0 is refused because it would protect nothing.
+    steps: int = 100
+    # Length of one sign step in 8-bit levels. Below eps_levels / steps the budget is never used up.
+    step_levels: float = 1.0
+    # Start at a uniform random point of the budget (True) or at the original (False).
+    random_start: bool = True
+    # Draws of (timestep, noise) for the objective that is measured before and after. It costs two forward
+    # passes per draw; fewer draws make the facts noisier, never the pixels.
+    eval_draws: int = 8
+
+    def check(self) -> None:
+        ProtectorConfig.check(self)
+        require(self.steps >= 1, "steps", self.steps, "use 1 or more")
+        require(0 < self.step_levels <= 255, "step_levels", self.step_levels, "use more than 0 (8-bit levels)")
+        require(self.eval_draws >= 1, "eval_draws", self.eval_draws, "use 1 or more")
+
+
+def require(holds: bool, field: str, value: object, fix: str) -> None:
+    """Raises ValueError naming field, value and fix unless the condition holds."""
+    if not holds:
+        raise ValueError(f"{field}={value!r}: {fix}")
+
+
+def _conform(name: str, hint: Any, value: Any) -> Any:
+    """The value in the one form that the annotation allows, or ValueError.
+
+    Whole numbers become floats and lists become tuples where those are declared, because YAML and JSON
+    cannot tell them apart; text is never parsed into numbers.
+    """
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        require(value in arguments, name, value, f"use one of {', '.join(map(repr, arguments))}")
+        return value
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        (hint,) = [argument for argument in arguments if argument is not type(None)]
+        return _conform(name, hint, value)
+    if origin is tuple:
+        require(isinstance(value, list | tuple), name, value, "use a list")
+        return tuple(_conform(name, arguments[0], item) for item in value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    # bool is a subclass of int: True must not pass for a number of steps.
+    require(type(value) is hint, name, value, f"use a value of type {hint.__name__}")
+    require(hint is not float or math.isfinite(value), name, value, "use a finite number")
+    return value

@@ -1,0 +1,128 @@
+"""Finds the folder of a diffusers model, refuses unsafe ones, and names its content by a digest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from fnmatch import fnmatch
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+MODEL_INDEX = "model_index.json"
+# Component folders and the classes that may be in them; any scheduler serves, its betas are what counts.
+COMPONENTS: dict[str, tuple[str, ...]] = {
+    "scheduler": (),
+    "text_encoder": ("CLIPTextModel",),
+    "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
+    "unet": ("UNet2DConditionModel",),
+    "vae": ("AutoencoderKL",),
+}
+# Text and safetensors only: pickle files run code when they are loaded.
+_DEFINING = ("*.json", "*.txt", "*.safetensors")
+_VARIANTS = ("*.fp16.*", "*.non_ema.*")
+
+
+class ModelError(ValueError):
+    """The model cannot be used; the message says which part and what to do."""
+
+
+def resolve_folder(path_or_id: str) -> Path:
+    """The local folder of a model: a folder as it is, or the snapshot of a hub id.
+
+    A hub id is looked up in the local cache first, so that a filled cache needs no network; otherwise
+    the files are downloaded (blocks; safetensors and text only).
+
+    Raises:
+        ModelError: no such folder and no such model in reach.
+    """
+    folder = Path(path_or_id).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.is_absolute() or path_or_id.startswith((".", "~")) or path_or_id.count("/") != 1:
+        raise ModelError(f"no folder {path_or_id!r}; name a diffusers folder or a hub id such as 'owner/model'")
+    return _snapshot(path_or_id)
+
+
+def _snapshot(model_id: str) -> Path:
+    # Costs nearly a second to import, and a local folder does not need it.
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    wanted = [MODEL_INDEX, *(f"{part}/{kind}" for part in COMPONENTS for kind in _DEFINING)]
+    fetch = partial(snapshot_download, model_id, allow_patterns=wanted, ignore_patterns=list(_VARIANTS))
+    try:
+        return Path(fetch(local_files_only=True))
+    except LocalEntryNotFoundError:
+        pass  # not cached: ask the hub
+    try:
+        return Path(fetch())
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        raise ModelError(
+            f"{model_id!r} is neither a folder nor a model in the local cache, and the hub gave: {error}. "
+            "Download it on a machine with network access and name the folder."
+        ) from error
+
+
+def check_folder(folder: Path) -> None:
+    """Raises ModelError unless the folder is a complete latent text-to-image model without pickle files."""
+    if not (folder / MODEL_INDEX).is_file():
+        raise ModelError(f"{folder} holds no {MODEL_INDEX}; name the top folder of a diffusers model")
+    index = read_json(folder / MODEL_INDEX)
+    classes = {name: value[-1] for name, value in index.items() if isinstance(value, list) and value}
+    if index.get("_class_name") == "DDPMPipeline" or classes.get("unet") == "UNet2DModel":
+        raise ModelError(f"{folder} is a pixel-space model: not supported by this method yet; name a latent one")
+    for part, allowed in COMPONENTS.items():
+        if not classes.get(part) or not (folder / part).is_dir():
+            raise ModelError(f"{folder} has no {part}; a latent text-to-image model needs {', '.join(COMPONENTS)}")
+        if allowed and classes[part] not in allowed:
+            raise ModelError(f"{folder / part} is a {classes[part]}; supported: {', '.join(allowed)}")
+    for part in ("text_encoder", "unet", "vae"):
+        if not any((folder / part).glob("*.safetensors")):
+            raise ModelError(
+                f"{folder / part} holds no safetensors weights; pickle files are refused because loading them "
+                "runs code. Convert with save_pretrained(safe_serialization=True)."
+            )
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file of a model; raises ModelError when there is none."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{file} cannot be read: {error}; fetch the model again") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{file} holds no JSON object; fetch the model again")
+    return content
+
+
+def model_digest(path_or_id: str) -> str:
+    """sha256 over the sorted relative names and contents of every file that defines the model.
+
+    Weights, configurations and tokenizer count; the README, pictures and precision variants that are
+    not loaded do not. Reads all weights from disk.
+    """
+    folder = resolve_folder(path_or_id)
+    files = [folder / MODEL_INDEX]
+    for part in COMPONENTS:
+        files += [file for file in (folder / part).glob("*") if _defines(file)]
+    total = hashlib.sha256()
+    for file in sorted(files, key=lambda file: file.relative_to(folder).as_posix()):
+        with file.open("rb") as stream:
+            content = hashlib.file_digest(stream, "sha256").hexdigest()
+        total.update(f"{file.relative_to(folder).as_posix()}\0{content}\n".encode())
+    return total.hexdigest()
+
+
+def model_base_size(path_or_id: str) -> int:
+    """Side in pixels at which a latent model was trained, read from its configuration alone."""
+    folder = resolve_folder(path_or_id)
+    check_folder(folder)
+    sample = read_json(folder / "unet" / "config.json")["sample_size"]
+    factor: int = 2 ** (len(read_json(folder / "vae" / "config.json")["block_out_channels"]) - 1)
+    return int(sample if isinstance(sample, int) else min(sample)) * factor
+
+
+def _defines(file: Path) -> bool:
+    wanted = any(fnmatch(file.name, kind) for kind in _DEFINING)
+    return wanted and not any(fnmatch(file.name, kind) for kind in _VARIANTS)

@@ -1,0 +1,59 @@
+"""The losses that methods share, one value per image, and the random draws they are taken at.
+
+Sign conventions: ``denoising_loss`` and ``encoder_distance`` are plain losses, small when the model handles
+the image well (or the target is near). A method says itself whether it ascends or descends. A protector's
+public ``objective`` is always turned so that higher means better protected.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from protectors.diffusion import DiffusionModel
+from protectors.randomness import integers, normal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Draws:
+    """One sample per image of everything that is random in the denoising loss."""
+
+    t: Tensor
+    """Timesteps ``(B,)`` int64, uniform over the schedule."""
+    noise: Tensor
+    """Diffusion noise ``(B, C, h, w)``."""
+    posterior: Tensor
+    """Noise of the VAE's posterior sample ``(B, C, h, w)``."""
+
+
+def draw(model: DiffusionModel, images: Tensor, generators: Sequence[torch.Generator]) -> Draws:
+    """The next draws of each image's own generator, on the model's device."""
+    shape = model.latent_shape(images)
+    return Draws(
+        t=integers(generators, 0, model.schedule.timesteps).to(model.device),
+        noise=normal(generators, shape).to(model.device),
+        posterior=normal(generators, shape).to(model.device),
+    )
+
+
+def denoising_loss(model: DiffusionModel, images: Tensor, embeddings: Tensor, draws: Draws) -> Tensor:
+    """L_ldm per image ``(B,)``: mean over latent elements of (prediction - target)^2."""
+    latents = model.latents(model.encode_moments(images), draws.posterior)
+    return latent_denoising_loss(model, latents, embeddings, draws)
+
+
+def latent_denoising_loss(model: DiffusionModel, latents: Tensor, embeddings: Tensor, draws: Draws) -> Tensor:
+    """L_ldm per image for latents that are already at hand; ``draws.posterior`` is not used."""
+    noisy = model.add_noise(latents, draws.noise, draws.t)
+    error = model.predict(noisy, draws.t, embeddings) - model.target(latents, draws.noise, draws.t)
+    return error.square().flatten(1).mean(1)
+
+
+def encoder_distance(model: DiffusionModel, images: Tensor) -> Tensor:
+    """|| mu(x) ||_2 per image ``(B,)``: how far the unscaled posterior mean is from zero."""
+    mean, _ = model.encode_moments(images)
+    distance: Tensor = torch.linalg.vector_norm(mean.flatten(1), dim=1)
+    return distance

@@ -1,0 +1,50 @@
+"""The reference models that are shipped inside the package, found by name and checked by digest."""
+
+import hashlib
+from pathlib import Path
+
+NANO_SD = "nano-sd"
+
+# sha256 of every weight file. A protection is only reproducible against exactly these weights, so the digests
+# live in code, where a change is reviewed, and not beside the files, where it would change with them.
+PINNED: dict[str, dict[str, str]] = {
+    NANO_SD: {
+        "text_encoder/model.safetensors": "d514049814b58ca279e3929f4e7bd85493c6af6723b7aaa070f9e63541e36a14",
+        "unet/diffusion_pytorch_model.safetensors": "2196d3877969b01673f5d67a067a72a624ef9075b7ca90d63706d9e569c583ef",
+        "vae/diffusion_pytorch_model.safetensors": "f9f72987f586909108ba7a7244055ceb93b7aa09163f90e3aa952cb0e365f916",
+    },
+}
+
+
+class ReferenceModelError(ValueError):
+    """A shipped reference model is unknown, incomplete or not the one that the code was written for."""
+
+
+def reference_path(name: str = NANO_SD) -> Path:
+    """Returns the folder of a shipped model, in diffusers' own format.
+
+    Raises:
+        ReferenceModelError: `name` is not a model of this package.
+    """
+    if name not in PINNED:
+        raise ReferenceModelError(f"no reference model {name!r}; there are: {', '.join(sorted(PINNED))}")
+    return Path(__file__).resolve().parent / name
+
+
+def verify_reference(name: str = NANO_SD) -> None:
+    """Returns silently if every weight file of the model has its pinned digest. Reads all of them (20 MB).
+
+    Raises:
+        ReferenceModelError: a file is missing or differs; the message names it.
+    """
+    folder = reference_path(name)
+    for relative, expected in PINNED[name].items():
+        file = folder / relative
+        if not file.is_file():
+            raise ReferenceModelError(f"reference model {name!r} lacks {relative}: install the package again")
+        actual = hashlib.sha256(file.read_bytes()).hexdigest()
+        if actual != expected:
+            raise ReferenceModelError(
+                f"reference model {name!r}: {relative} has sha256 {actual}, the code pins {expected}; install the "
+                "package again, or name your own model by its path"
+            )

@@ -1,0 +1,51 @@
+"""What a training needs to go on after a stop: tensors in safetensors, the position in a small JSON."""
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+
+@dataclass(slots=True)
+class Cursor:
+    """Where a training stands. All random numbers are functions of these three, so nothing else is kept."""
+
+    seed: int
+    step: int = 0  # updates made
+    position: int = 0  # samples drawn so far, which is the place in the order of the data
+
+
+def save_checkpoint(folder: Path, cursor: Cursor, tensors: dict[str, Tensor]) -> None:
+    """Writes a checkpoint; a kill at any moment leaves the previous or the new one, never a mixture.
+
+    The JSON is the commit point: it names the tensor file, which is complete before the JSON is replaced.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    name = f"state-{cursor.step:08d}.safetensors"
+    save_file({key: value.contiguous() for key, value in tensors.items()}, folder / f"{name}.part")
+    os.replace(folder / f"{name}.part", folder / name)
+    part = folder / "state.json.part"
+    part.write_text(json.dumps({**asdict(cursor), "tensors": name}, indent=1) + "\n")
+    os.replace(part, folder / "state.json")
+    for old in folder.glob("state-*.safetensors"):
+        if old.name != name:
+            old.unlink()
+
+
+def load_checkpoint(folder: Path, seed: int) -> tuple[Cursor, dict[str, Tensor]] | None:
+    """Returns the last checkpoint, or None if there is none.
+
+    Raises:
+        ValueError: it was made with another seed; mixing two orders of data would be neither run.
+    """
+    file = folder / "state.json"
+    if not file.exists():
+        return None
+    facts = json.loads(file.read_text())
+    if facts["seed"] != seed:
+        raise ValueError(f"{folder} holds a training with seed {facts['seed']}, not {seed}: remove it or change --seed")
+    tensors: dict[str, Tensor] = load_file(folder / facts["tensors"])
+    return Cursor(seed=seed, step=facts["step"], position=facts["position"]), tensors

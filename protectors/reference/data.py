@@ -1,0 +1,137 @@
+"""Photographs for training the reference models: decoded once, cut into crops that depend on nothing but the seed."""
+
+import hashlib
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+# First words of the seed sequences, so that two uses of the same seed never draw the same numbers.
+_ORDER, _CROP = 1, 2
+
+
+@dataclass(frozen=True, slots=True)
+class Photos:
+    """Decoded photographs in memory (about 80 kB each at a short side of 150 px)."""
+
+    images: list[Tensor]  # uint8, (3, H, W), sRGB
+    captions: list[str]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+def is_held_out(asset_id: str) -> bool:
+    """True for the fifth of all photographs that no reference model is ever trained on."""
+    return int(hashlib.sha256(asset_id.encode()).hexdigest(), 16) % 5 == 0
+
+
+def load_photos(parquet: Path, *, held_out: bool | None, limit: int | None = None) -> Photos:
+    """Decodes one side of the split, in file order.
+
+    Args:
+        parquet: columns `asset_id`, `image` {bytes, path}, `caption`.
+        held_out: the side, None for both; the split is by asset, so no crop of a held-out photo is trained on.
+        limit: at most so many, spread evenly over the file, because files are often sorted by class.
+
+    Raises:
+        ValueError: the side is empty.
+    """
+    table = pq.read_table(parquet, columns=["asset_id", "image", "caption"])
+    ids = table.column("asset_id").to_pylist()
+    rows = [row for row, asset_id in enumerate(ids) if held_out in (None, is_held_out(asset_id))]
+    if not rows:
+        raise ValueError(f"{parquet} has no photos on this side of the split (held_out={held_out})")
+    if limit is not None and limit < len(rows):
+        rows = [rows[i * len(rows) // limit] for i in range(limit)]
+    chosen = table.take(rows)
+    images = [_decode(image["bytes"]) for image in chosen.column("image").to_pylist()]
+    return Photos(images, [caption or "" for caption in chosen.column("caption").to_pylist()])
+
+
+def _decode(data: bytes) -> Tensor:
+    with Image.open(io.BytesIO(data)) as image:
+        pixels = np.array(image.convert("RGB"))
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def order(count: int, *, seed: int, position: int, batch: int) -> list[int]:
+    """Returns the photo numbers at `position`..`position + batch` of an endless series of reshuffled epochs.
+
+    It is a pure function, so resuming needs the position only, not the state of a generator.
+    """
+    picks = []
+    for place in range(position, position + batch):
+        epoch, offset = divmod(place, count)
+        picks.append(_permutation(count, seed, epoch)[offset])
+    return picks
+
+
+_permutations: dict[tuple[int, int, int], list[int]] = {}
+
+
+def _permutation(count: int, seed: int, epoch: int) -> list[int]:
+    key = (count, seed, epoch)
+    if key not in _permutations:
+        _permutations.clear()  # one epoch is in use at a time; two at a boundary cost one more shuffle
+        _permutations[key] = np.random.default_rng([_ORDER, seed, epoch]).permutation(count).tolist()
+    return _permutations[key]
+
+
+@dataclass(frozen=True, slots=True)
+class CropRule:
+    """How a photo becomes a square of `size` pixels.
+
+    `scales` is the side of the crop as a share of the photo's short side. A model for 128 px that is first
+    trained on 64 px takes crops of half the side, so that the sharpness of the content stays the same.
+    """
+
+    size: int
+    scales: tuple[float, float] = (0.4, 1.0)
+    # Largest change of brightness, contrast and saturation; 0 keeps the colours.
+    colour: float = 0.1
+
+
+def random_crop(image: Tensor, rule: CropRule, key: Sequence[int]) -> Tensor:
+    """Cuts one random crop: float (3, size, size) in [0, 1]. The same key gives the same crop."""
+    rng = np.random.default_rng([_CROP, *key])
+    _, height, width = image.shape
+    side = max(8, round(min(height, width) * rng.uniform(*rule.scales)))
+    top, left = int(rng.integers(height - side + 1)), int(rng.integers(width - side + 1))
+    crop = resize(image[:, top : top + side, left : left + side], rule.size)
+    if rng.random() < 0.5:
+        crop = crop.flip(-1)
+    if rule.colour:
+        crop = _recolour(crop, rng.uniform(1 - rule.colour, 1 + rule.colour, size=3))
+    return crop
+
+
+def _recolour(crop: Tensor, factors: np.ndarray) -> Tensor:
+    brightness, contrast, saturation = (float(factor) for factor in factors)
+    grey = crop.mean(0, keepdim=True)
+    crop = grey + (crop - grey) * saturation
+    mean = crop.mean()
+    return ((mean + (crop - mean) * contrast) * brightness).clamp(0, 1)
+
+
+def centre_crop(image: Tensor, size: int) -> Tensor:
+    """Cuts the largest centred square, resized: float (3, size, size) in [0, 1]."""
+    _, height, width = image.shape
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    return resize(image[:, top : top + side, left : left + side], size)
+
+
+def resize(crop: Tensor, size: int) -> Tensor:
+    """Resizes a uint8 square with an anti-aliased bicubic filter to float in [0, 1]."""
+    pixels = crop.unsqueeze(0).float() / 255
+    if crop.shape[-1] == size:
+        return pixels[0]
+    return F.interpolate(pixels, size=(size, size), mode="bicubic", antialias=True, align_corners=False)[0].clamp(0, 1)

@@ -1,0 +1,39 @@
+"""Writes a trained model as a diffusers folder, and names the digests to pin."""
+
+import hashlib
+from pathlib import Path
+
+from diffusers import PNDMScheduler, StableDiffusionPipeline
+
+from protectors.reference.denoiser import SdTask
+from protectors.reference.geometry import SCHEDULE
+from protectors.reference.tokenizer import save_vocabulary
+
+
+def save_pipeline(folder: Path, task: SdTask) -> None:
+    """Writes the pipeline with averaged weights in float16; `task` holds float16 models afterwards."""
+    scheduler = PNDMScheduler(
+        **SCHEDULE, skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1, prediction_type="epsilon"
+    )
+    scheduler.register_to_config(clip_sample=False)  # PNDM ignores it; DDIM made from this config must not clip
+    with task.learner.averaged():
+        pipeline = StableDiffusionPipeline(
+            vae=task.vae.half(),
+            text_encoder=task.text_encoder.half(),
+            tokenizer=task.tokenizer,
+            unet=task.unet.half(),
+            scheduler=scheduler,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+        pipeline.save_pretrained(folder, safe_serialization=True)
+    save_vocabulary(task.tokenizer, folder / "tokenizer")
+    for file in folder.rglob("*.safetensors"):
+        file.chmod(0o644)  # safetensors writes for the owner only; a package is read by everybody
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Returns the sha256 of every weight file of a model folder, by relative path."""
+    files = sorted(folder.rglob("*.safetensors"))
+    return {file.relative_to(folder).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}

@@ -1,0 +1,174 @@
+"""Fixtures that every test folder may use: an S3 server in a process of its own, and no way to real AWS."""
+
+from __future__ import annotations
+
+import http.client
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from email.message import Message
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+
+from pipeline.storage import StorageOptions
+
+
+@dataclass(frozen=True)
+class S3Server:
+    """An S3 endpoint on this machine, and how a store reaches it."""
+
+    endpoint_url: str
+
+    @property
+    def options(self) -> StorageOptions:
+        return StorageOptions(endpoint_url=self.endpoint_url, region="us-east-1", part_bytes=5 * 2**20)
+
+
+def free_port() -> int:
+    """A loopback port on which nothing listens right now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_real_aws(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Hides the developer's AWS settings and sets fake credentials, for this process and its children."""
+    absent = tmp_path_factory.mktemp("aws") / "absent"
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("AWS_")]:
+            patch.delenv(name)
+        patch.setenv("AWS_CONFIG_FILE", str(absent))
+        patch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(absent))
+        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        patch.setenv("AWS_ACCESS_KEY_ID", "testing")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
+        patch.setenv("NO_PROXY", "127.0.0.1,localhost")
+        yield
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory, no_real_aws: None) -> Iterator[S3Server]:
+    """A moto server process for the whole session; it keeps its objects in memory."""
+    port = free_port()
+    log = tmp_path_factory.mktemp("s3") / "moto.log"
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    with log.open("wb") as output, subprocess.Popen(command, stdout=output, stderr=output) as process:
+        try:
+            server = S3Server(f"http://127.0.0.1:{port}")
+            _wait_until_up(server, process, log)
+            yield server
+        finally:
+            process.terminate()
+
+
+@pytest.fixture
+def s3_bucket(s3_server: S3Server) -> str:
+    """The name of a fresh, empty bucket."""
+    name = f"test-{uuid.uuid4().hex[:12]}"
+    request = urllib.request.Request(f"{s3_server.endpoint_url}/{name}", method="PUT")
+    with urllib.request.urlopen(request, timeout=10):
+        return name
+
+
+@pytest.fixture
+def s3_proxy(s3_server: S3Server) -> Iterator[S3Proxy]:
+    """A faulty network in front of the S3 server; set its ``rule``."""
+    proxy = S3Proxy(s3_server.endpoint_url)
+    thread = threading.Thread(target=proxy.server.serve_forever, args=(0.05,))
+    thread.start()
+    try:
+        yield proxy
+    finally:
+        proxy.server.shutdown()
+        proxy.server.server_close()
+        thread.join()
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the proxy does to one request; the default passes it on."""
+
+    # Answer with this status and S3 error code instead of asking the server.
+    refuse: tuple[int, str] | None = None
+    # Drop If-Match and If-None-Match, as stores do that do not know them.
+    unconditional: bool = False
+    # Send only this much of the server's answer, then close the connection. 0: not even the status.
+    answer_bytes: int | None = None
+
+
+class S3Proxy(S3Server):
+    """Forwards requests as ``rule(method, path, headers)`` says; every request is counted in ``seen``."""
+
+    def __init__(self, upstream: str) -> None:
+        address = urlsplit(upstream).netloc
+        self.rule: Callable[[str, str, Message], Verdict] = lambda method, path, headers: Verdict()
+        self.seen: list[str] = []
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self, address))
+        super().__init__(f"http://127.0.0.1:{self.server.server_address[1]}")
+
+    def __setattr__(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)  # the base is frozen; the rule is meant to be set
+
+
+def _handler(proxy: S3Proxy, upstream: str) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def pass_on(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            proxy.seen.append(f"{self.command} {self.path}")
+            verdict = proxy.rule(self.command, self.path, self.headers)
+            if verdict.refuse:
+                status, code = verdict.refuse
+                self.reply(status, {}, f"<Error><Code>{code}</Code><Message>no</Message></Error>".encode())
+                return
+            dropped = {"expect", "if-match", "if-none-match"} if verdict.unconditional else {"expect"}
+            headers = {name: value for name, value in self.headers.items() if name.lower() not in dropped}
+            connection = http.client.HTTPConnection(upstream, timeout=30)
+            connection.request(self.command, self.path, body, headers)
+            answer = connection.getresponse()
+            content = answer.read()
+            self.reply(answer.status, dict(answer.getheaders()), content, verdict.answer_bytes)
+            connection.close()
+
+        def reply(self, status: int, headers: dict[str, str], content: bytes, limit: int | None = None) -> None:
+            if limit != 0:
+                self.send_response_only(status)
+                for name, value in headers.items():
+                    if name.lower() not in ("content-length", "transfer-encoding", "connection"):
+                        self.send_header(name, value)
+                length = headers.get("Content-Length") if self.command == "HEAD" else len(content)
+                self.send_header("Content-Length", str(length))
+                self.end_headers()
+                self.wfile.write(content[:limit])
+            self.close_connection = limit is not None
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Keeps test output free of requests."""
+
+        do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = pass_on
+
+    return Handler
+
+
+def _wait_until_up(server: S3Server, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + 60
+    while process.poll() is None and time.monotonic() < deadline:
+        try:
+            with urllib.request.urlopen(f"{server.endpoint_url}/moto-api/", timeout=5):
+                return
+        except OSError:
+            time.sleep(0.1)
+    raise RuntimeError(f"moto did not start: {log.read_text()}")

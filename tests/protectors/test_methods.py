@@ -1,0 +1,97 @@
+"""What is particular to single methods."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from protectors.advdm import AdvDM, AdvDMConfig
+from protectors.diffusion import DiffusionModel, load_model
+from protectors.objectives import Draws, draw
+from protectors.photoguard import PhotoGuard, PhotoGuardConfig, decay
+from tests.protectors.tiny import save_tiny_model
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> DiffusionModel:
+    folder: Path = tmp_path_factory.mktemp("model")
+    return load_model(str(save_tiny_model(folder / "tiny")))
+
+
+@pytest.mark.parametrize("preset", ["paper", "fast", "strong"])
+@pytest.mark.parametrize("method", [AdvDM, PhotoGuard])
+def test_presets_keep_whole_levels(method: type[AdvDM | PhotoGuard], preset: str, model: DiffusionModel) -> None:
+    """The budget of every preset, at its own step length but few steps."""
+    config = method.presets[preset].replace(steps=3, eval_draws=1)
+    images = torch.rand(1, 3, 16, 16)
+    result = method(config, model).protect(images, seeds=[1])  # type: ignore[arg-type]
+    assert result.facts[0].linf_levels == math.floor(config.eps_levels)
+
+
+def test_paper_presets_convert_the_published_numbers() -> None:
+    photoguard, advdm = PhotoGuard.presets["paper"], AdvDM.presets["paper"]
+    assert (photoguard.eps_levels, photoguard.step_levels) == pytest.approx((0.06 * 127.5, 0.02 * 127.5))
+    assert (photoguard.steps, photoguard.random_start) == (1000, True)
+    assert (advdm.eps_levels, advdm.step_levels, advdm.steps, advdm.random_start) == (16, 1, 100, True)
+    assert (advdm.sign, advdm.prompt) == ("+", "a photo")
+
+
+def test_photoguard_step_decay() -> None:
+    assert decay(0, 1000) == 1
+    assert decay(999, 1000) == pytest.approx(0.011, abs=1e-3)
+    assert all(decay(k, 10) > decay(k + 1, 10) for k in range(9))
+
+
+def test_photoguard_without_random_start_ignores_the_seed(model: DiffusionModel) -> None:
+    images = torch.rand(1, 3, 16, 16).expand(2, -1, -1, -1)
+    config = PhotoGuardConfig(steps=3, random_start=False)
+    output = PhotoGuard(config, model).protect(images, seeds=[1, 2]).images
+    assert torch.equal(output[0], output[1])
+
+
+def test_advdm_signs_go_opposite_ways(model: DiffusionModel) -> None:
+    """One step from the original with the same draws: the second perturbation is the first, negated."""
+    images = (torch.rand(1, 3, 16, 16) * 127 + 64).round() / 255
+    changes = {}
+    for sign in ("+", "-"):
+        config = AdvDMConfig.from_dict({"sign": sign, "steps": 1, "random_start": False})
+        changes[sign] = AdvDM(config, model).protect(images, seeds=[1]).images - images
+    assert changes["+"].abs().max() > 0
+    assert torch.allclose(changes["+"], -changes["-"], atol=1e-6)
+
+
+def test_advdm_uses_the_prompt_of_each_image(model: DiffusionModel) -> None:
+    images = torch.rand(2, 3, 16, 16)
+    protector = AdvDM(AdvDMConfig(steps=1, eval_draws=1), model)
+    default = protector.objective(images, originals=images, seeds=[1, 1])
+    named = protector.objective(images, originals=images, prompts=["a photo", "xyz"], seeds=[1, 1])
+    assert default[0] == named[0]
+    assert default[1] != named[1]
+
+
+def test_advdm_evaluates_at_other_draws_than_it_attacks(model: DiffusionModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Draws] = []
+
+    def spy(*given: object) -> Draws:
+        seen.append(draw(*given))  # type: ignore[arg-type]
+        return seen[-1]
+
+    monkeypatch.setattr("protectors.advdm.draw", spy)
+    images = torch.rand(1, 3, 8, 8)
+    AdvDM(AdvDMConfig(steps=2, eval_draws=2), model).protect(images, seeds=[1])
+    before, attack, after = seen[:2], seen[2:4], seen[4:]
+    assert all(torch.equal(a.noise, b.noise) for a, b in zip(before, after, strict=True))
+    assert not any(torch.equal(a.noise, b.noise) for a in before for b in attack)
+    assert not torch.equal(attack[0].noise, attack[1].noise)
+
+
+def test_advdm_objective_is_negated_for_minus(model: DiffusionModel) -> None:
+    images = torch.rand(1, 3, 8, 8)
+    values = [
+        AdvDM(AdvDMConfig.from_dict({"sign": sign}), model).objective(images, originals=images, seeds=[4])
+        for sign in ("+", "-")
+    ]
+    assert values[0] == -values[1]

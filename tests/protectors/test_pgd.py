@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from protectors.constraints import LEVELS
+from protectors.pgd import PgdPlan, pgd, uniform_start
+from protectors.randomness import normal, streams
+
+
+def plan(*, ascend: bool = True, eps: float = 4.0, step: float = 1.0, steps: int = 3) -> PgdPlan:
+    return PgdPlan(eps_levels=eps, step_levels=step, steps=steps, ascend=ascend)
+
+
+def brightness(images: Tensor, step: int) -> Tensor:
+    return images.flatten(1).sum(1)
+
+
+def test_direction_and_step_length() -> None:
+    originals = torch.full((1, 3, 4, 4), 0.5)
+    for ascend, sign in ((True, 1), (False, -1)):
+        change = (pgd(brightness, originals, plan(ascend=ascend)) - originals) * LEVELS
+        assert torch.allclose(change, torch.full_like(change, 3.0 * sign), atol=1e-4)
+
+
+def test_schedule_scales_the_steps() -> None:
+    originals = torch.full((1, 3, 2, 2), 0.5)
+    halving = PgdPlan(eps_levels=8, step_levels=2, steps=3, ascend=True, schedule=lambda k, steps: 0.5**k)
+    change = (pgd(brightness, originals, halving) - originals) * LEVELS
+    assert torch.allclose(change, torch.full_like(change, 3.5), atol=1e-4)
+
+
+def test_ball_is_around_the_original_after_two_chained_calls() -> None:
+    originals = torch.full((1, 3, 4, 4), 0.5)
+    first = pgd(brightness, originals, plan(eps=4, steps=4))
+    second = pgd(brightness, originals, plan(eps=4, steps=4), start=first - originals)
+    assert ((second - originals) * LEVELS).max() <= 4 + 1e-4
+
+
+def test_range_and_mask() -> None:
+    originals = torch.rand(2, 3, 6, 6).round()
+    masks = torch.zeros(2, 1, 6, 6)
+    masks[:, :, :3] = 1
+    start = uniform_start(originals, 4.0, streams([1, 2], "test"))
+    images = pgd(brightness, originals, plan(), start=start, masks=masks)
+    assert images.min() >= 0
+    assert images.max() <= 1
+    assert torch.equal(images[:, :, 3:], originals[:, :, 3:])
+
+
+def test_grey_gets_the_channel_mean_and_colour_does_not() -> None:
+    originals = torch.rand(2, 3, 5, 5) * 0.5 + 0.2
+    originals[0] = originals[0, :1]
+    weights = torch.tensor([3.0, -1.0, -1.0]).view(1, 3, 1, 1)
+    start = uniform_start(originals, 4.0, streams([1, 2], "test"))
+    images = pgd(lambda x, k: (x * weights).flatten(1).sum(1), originals, plan(steps=9), start=start)
+    change = (images - originals) * LEVELS
+    assert torch.allclose(change[0], torch.full((3, 5, 5), 4.0), atol=1e-4)
+    assert torch.allclose(change[1, 1], torch.full((5, 5), -4.0), atol=1e-4)
+
+
+def test_broken_gradient_gives_nan_for_that_image_only() -> None:
+    originals = torch.rand(2, 3, 4, 4)
+    broken = torch.tensor([1.0, torch.nan])
+    images = pgd(lambda x, k: brightness(x, k) * broken, originals, plan())
+    assert images[0].isfinite().all()
+    assert images[1].isnan().all()
+
+
+def test_uniform_start_fills_the_ball() -> None:
+    start = uniform_start(torch.zeros(1, 3, 64, 64), 8.0, streams([1], "test")) * LEVELS
+    assert start.abs().max() <= 8
+    assert start.abs().max() > 7.9
+    assert abs(start.mean().item()) < 0.2
+
+
+def test_streams_depend_on_all_bits_and_on_the_purpose() -> None:
+    draws = [
+        normal(streams([seed], purpose), (4,)) for seed, purpose in ((0, "a"), (2**32, "a"), (2**64 - 1, "a"), (0, "b"))
+    ]
+    assert len({tuple(row[0].tolist()) for row in draws}) == 4
+    assert torch.equal(normal(streams([7, 0], "a"), (4,))[1], draws[0][0])

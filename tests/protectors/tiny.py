@@ -1,0 +1,90 @@
+"""Builds real diffusers components at tiny size, with random weights, as a model folder on disk."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel
+
+WIDTH = 32
+
+
+def save_tiny_model(folder: Path, *, prediction_type: str = "epsilon", seed: int = 0) -> Path:
+    """Writes a Stable-Diffusion-like folder (under 1 MB; VAE factor 2, stride 4, base size 64)."""
+    torch.manual_seed(seed)
+    index: dict[str, object] = {"_class_name": "StableDiffusionPipeline"}
+    scheduler = DDPMScheduler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, prediction_type=prediction_type
+    )
+    diffusers_parts = {"vae": _vae(), "unet": _unet(), "scheduler": scheduler}
+    for name, part in diffusers_parts.items():
+        part.save_pretrained(str(folder / name))
+        index[name] = ["diffusers", type(part).__name__]
+    _text_encoder().save_pretrained(str(folder / "text_encoder"))
+    save_tokenizer(folder / "tokenizer")
+    index["text_encoder"] = ["transformers", "CLIPTextModel"]
+    index["tokenizer"] = ["transformers", "CLIPTokenizer"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+def save_tokenizer(folder: Path) -> None:
+    """A CLIP tokenizer over single characters, in the files of the published checkpoints."""
+    folder.mkdir(parents=True)
+    letters = [chr(code) for code in range(33, 127)]
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    vocab, merges = folder / "vocab.json", folder / "merges.txt"
+    vocab.write_text(json.dumps({token: number for number, token in enumerate(tokens)}))
+    merges.write_text("#version: 0.2\n")
+    settings = {"model_max_length": 16, "tokenizer_class": "CLIPTokenizer", "pad_token": "<|endoftext|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def _vae() -> AutoencoderKL:
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=64,
+        scaling_factor=1.0,
+    )
+
+
+def _unet() -> UNet2DConditionModel:
+    unet = UNet2DConditionModel(
+        sample_size=32,
+        in_channels=4,
+        out_channels=4,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        attention_head_dim=8,
+        cross_attention_dim=WIDTH,
+    )
+    # Random weights predict almost nothing, whatever the input; louder ones make the loss depend on it.
+    unet.conv_out.weight.data *= 4
+    return unet
+
+
+def _text_encoder() -> CLIPTextModel:
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=190,
+            hidden_size=WIDTH,
+            intermediate_size=WIDTH,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=16,
+            bos_token_id=188,
+            eos_token_id=189,
+            pad_token_id=189,
+        )
+    )
