@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from rich.console import Console
 from flows import show
 from pipeline.config import JobConfig, S3Settings
 from pipeline.errors import PipelineError, UserError
+from pipeline.run import preflight
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -203,11 +205,13 @@ def demo(
     method: Annotated[str, typer.Option("--method", help="See `fixative methods`.")] = "photoguard",
 ) -> None:
     """Build a small archive of real photographs, protect it, check it, and draw before, after and difference."""
-    from flows.demo import build_archive, contact_sheet
+    from flows.demo import build_archive, contact_sheet, discard_other_demo
 
-    archive = build_archive(out / "archive")
-    given = {"source": str(archive), "destination": str(out / "protected"), "job.method.name": method}
-    outcome = run_job(job_config(None, given))
+    archive, protected = build_archive(out / "archive"), out / "protected"
+    config = job_config(None, {"source": str(archive), "destination": str(protected), "job.method.name": method})
+    if discard_other_demo(config):
+        console.print(f"{protected} was made by another version or method; it is made anew")
+    outcome = run_job(config)
     sheet = contact_sheet(outcome.job, out / "contact-sheet.png")
     show.demo(console, outcome, archive, sheet)
 
@@ -268,6 +272,8 @@ def run_job(config: JobConfig) -> Any:
     Raises:
         typer.Exit: With 1, when the run ended with problems.
     """
+    preflight(config)  # before a server starts: a typing error should not take ten seconds
+    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")  # this command prints errors itself, in one line
     from flows.progress import shown_on
     from flows.protect import RunIncomplete, protect_archive
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -15,9 +16,13 @@ from PIL import Image, ImageDraw
 from skimage import data as photographs
 from sklearn.datasets import load_sample_image
 
+from pipeline.config import JobConfig
 from pipeline.decode import decode, model_view
-from pipeline.job import Job
+from pipeline.errors import NotFound
+from pipeline.job import Job, destination_store, resolve
 from pipeline.manifest import rows_of, success_manifests
+from pipeline.plan import BINDING_KEY
+from pipeline.storage import get_json
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -25,7 +30,6 @@ CROP = 256
 CELL = 192
 SHOWN = 6
 AMPLIFY = 8
-DONE_MARK = ".complete"
 
 
 def build_archive(folder: Path) -> Path:
@@ -33,14 +37,15 @@ def build_archive(folder: Path) -> Path:
 
     Among its 29 assets are a truncated JPEG, a CMYK JPEG, an RGBA PNG, and a 16-bit image.
     """
-    if (folder / DONE_MARK).exists():
+    done = folder.with_name(f".{folder.name}-complete")
+    if done.exists():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     photos = _photographs()
     _write_files(folder / "photos", photos)
     _write_parquet(folder / "crops.parquet", photos)
     _write_tar(folder / "studio.tar", photos)
-    (folder / DONE_MARK).touch()
+    done.touch()
     return folder
 
 
@@ -121,6 +126,18 @@ def _jpeg(pixels: Pixels) -> bytes:
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "JPEG", quality=92)
     return file.getvalue()
+
+
+def discard_other_demo(config: JobConfig) -> bool:
+    """Removes the result of an earlier demo that this one cannot go on from; tells whether there was one."""
+    try:
+        binding = get_json(destination_store(config), BINDING_KEY)
+    except NotFound:
+        return False
+    if binding["config_fingerprint"] == resolve(config).config_fp:
+        return False
+    shutil.rmtree(config.destination)
+    return True
 
 
 def contact_sheet(job: Job, path: Path) -> Path:

@@ -59,7 +59,9 @@ def _open_assets(job: Job, plan: Plan) -> int:
 
 def _seconds_per_step(job: Job) -> tuple[float, str]:
     import torch
+    from transformers.utils import logging as transformers_logging
 
+    transformers_logging.disable_progress_bar()  # the weights load in a moment; a bar would tear the plan apart
     from pipeline.worker import Optimizer
 
     run = job.config.run

@@ -15,10 +15,10 @@ from flows.progress import observer
 from pipeline.config import JobConfig
 from pipeline.errors import PipelineError, StorageError
 from pipeline.job import Job
-from pipeline.manifest import Manifest, committed_shards, read_manifest
+from pipeline.manifest import Manifest, committed_shards, read_manifest, read_success
 from pipeline.plan import Plan, Shard, plan_columns
 from pipeline.run import Tally, Task, cut_waves, prepare, publish
-from pipeline.verify.report import write_verification
+from pipeline.verify.report import read_verification, write_verification
 from pipeline.verify.statistics import Survival
 
 
@@ -114,8 +114,14 @@ def publish_results(outcome: Outcome) -> None:
     """Writes the verification report and, when every shard is committed, ``_SUCCESS.json``."""
     destination = outcome.job.destination()
     committed = committed_shards(destination)
+    published = read_success(destination)
     done = [shard for shard in outcome.plan.shards if shard.shard_id in committed]
     outcome.manifests = [read_manifest(destination, shard.shard_id) for shard in done]
+    keys = {manifest.key for manifest in outcome.manifests}
+    if published is not None and keys <= published["manifests"].keys():
+        outcome.report_key = published["report"]  # nothing is new: the last report still tells everything
+        outcome.survival = read_verification(destination, published["report"])
+        return
     outcome.report_key, outcome.survival = write_verification(outcome.job, done, outcome.manifests)
     if len(done) == len(outcome.plan.shards):
         publish(outcome.job, outcome.plan, outcome.manifests, outcome.report_key)
@@ -163,7 +169,7 @@ def summary(outcome: Outcome) -> list[dict[str, Any]]:
     return [
         {
             "shard": manifest.shard_id,
-            "source": manifest.source["uri"],
+            "source": manifest.source["key"] + (" ..." if manifest.source["kind"] == "files" else ""),
             "assets": manifest.rows_in,
             "protected": manifest.rows_ok,
             "quarantined": manifest.rows_quarantined,

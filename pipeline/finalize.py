@@ -65,7 +65,13 @@ def finalize_shard(job: Job, shard: Shard, customer: pa.Schema) -> Manifest:
     manifest = Manifest(
         schema_version=SCHEMA_VERSION,
         shard_id=shard.shard_id,
-        source={"uri": f"{job.source().url}/{shard.key}", "kind": shard.kind, "etag": shard.etag, "size": shard.size},
+        source={
+            "uri": f"{job.source().url}/{shard.key}",
+            "key": shard.key,
+            "kind": shard.kind,
+            "etag": shard.etag,
+            "size": shard.size,
+        },
         data=data,
         quarantine=quarantine,
         rows_in=index.rows,

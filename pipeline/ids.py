@@ -50,4 +50,9 @@ def differing_fields(ours: Any, theirs: Any, path: str = "") -> list[str]:
             inner = f"{path}.{key}" if path else key
             lines += differing_fields(ours.get(key), theirs.get(key), inner)
         return lines
-    return [] if ours == theirs else [f"{path}: {json.dumps(theirs)} -> {json.dumps(ours)}"]
+    return [] if ours == theirs else [f"{path}: {_short(theirs)} -> {_short(ours)}"]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:16]}..."

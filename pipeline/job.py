@@ -51,22 +51,29 @@ class Job:
         return DecodeLimits(max_pixels=limits.max_pixels, min_side=limits.min_side)
 
     def source(self) -> Store:
-        """The archive: a folder or prefix, or the folder of a single shard (``source_key``)."""
-        return open_store(self._source_parts()[0], storage_options(self.config.run.s3))
+        """The archive, or the folder of a single shard (``source_key``)."""
+        return archive_store(self.config)[0]
 
     @property
     def source_key(self) -> str:
         """The one object or folder within ``source`` that is the archive; "" for all of it."""
-        return self._source_parts()[1]
-
-    def _source_parts(self) -> tuple[str, str]:
-        root, _, name = self.config.source.rstrip("/").rpartition("/")
-        return (root or ".", name) if kind_of(name) else (self.config.source, "")
+        return archive_store(self.config)[1]
 
     def destination(self) -> Store:
         """Where results go."""
-        run = self.config.run
-        return open_store(self.config.destination, storage_options(run.s3), single_writer=run.single_writer)
+        return destination_store(self.config)
+
+
+def archive_store(config: JobConfig) -> tuple[Store, str]:
+    """The store of the source; and the key of the one shard within it, "" where the source is a folder or prefix."""
+    root, _, name = config.source.rstrip("/").rpartition("/")
+    url, key = (root or ".", name) if kind_of(name) else (config.source, "")
+    return open_store(url, storage_options(config.run.s3)), key
+
+
+def destination_store(config: JobConfig) -> Store:
+    """The store of the results."""
+    return open_store(config.destination, storage_options(config.run.s3), single_writer=config.run.single_writer)
 
 
 def storage_options(s3: S3Settings) -> StorageOptions:
@@ -81,13 +88,12 @@ def resolve(config: JobConfig) -> Job:
         UserError: unknown method or preset, a value that cannot work, or a folder that is no model.
     """
     method = config.job.method
+    chosen, settings = protector_settings(config)
     try:
-        chosen = protector_class(method.name)
-        settings = _protector_config(chosen, config)
         folder = _model_folder(method.model) if chosen.needs_model() else ""
         digest = model_digest(folder) if folder else NO_MODEL
         base_size = model_base_size(folder) if folder else MODEL_FREE_SIDE
-    except (UnknownProtector, ModelError, ReferenceModelError) as error:
+    except (ModelError, ReferenceModelError) as error:
         raise UserError(str(error)) from error
     fields = {
         "method": {"name": method.name, "version": chosen.version, "config": settings.to_dict()},
@@ -113,8 +119,17 @@ def resolve(config: JobConfig) -> Job:
     )
 
 
-def _protector_config(chosen: type[ImageProtector[Any, Any]], config: JobConfig) -> ProtectorConfig:
+def protector_settings(config: JobConfig) -> tuple[type[ImageProtector[Any, Any]], ProtectorConfig]:
+    """The method's class and its configuration: the preset, with the job's changes.
+
+    Raises:
+        UserError: Unknown method, preset or field, or a value that cannot work.
+    """
     method = config.job.method
+    try:
+        chosen = protector_class(method.name)
+    except UnknownProtector as error:
+        raise UserError(str(error)) from error
     if method.preset not in chosen.presets:
         raise UserError(
             f"method '{method.name}' has no preset '{method.preset}'; it has {', '.join(sorted(chosen.presets))}"
@@ -123,7 +138,7 @@ def _protector_config(chosen: type[ImageProtector[Any, Any]], config: JobConfig)
     if method.eps is not None:
         changes["eps_levels"] = float(method.eps)
     try:
-        return chosen.presets[method.preset].replace(**changes)
+        return chosen, chosen.presets[method.preset].replace(**changes)
     except ValueError as error:
         raise UserError(f"method '{method.name}': {error}") from error
 

@@ -109,6 +109,14 @@ def _totals(entries: dict[str, dict[str, Any]]) -> dict[str, int]:
     return {name: sum(entry[name] for entry in entries.values()) for name in COUNTS}
 
 
+def read_success(destination: Store) -> dict[str, Any] | None:
+    """The published state; None before a run has finished."""
+    try:
+        return get_json(destination, SUCCESS_KEY)
+    except NotFound:
+        return None
+
+
 def success_manifests(destination: Store) -> Iterator[Manifest]:
     """Follows ``_SUCCESS.json`` to its manifests and checks their hashes.
 
@@ -116,10 +124,9 @@ def success_manifests(destination: Store) -> Iterator[Manifest]:
         UserError: There is no finished result here.
         IntegrityError: A manifest is not the one that was published.
     """
-    try:
-        success = get_json(destination, SUCCESS_KEY)
-    except NotFound as error:
-        raise UserError(f"{destination.url} holds no {SUCCESS_KEY}: no run has finished here yet") from error
+    success = read_success(destination)
+    if success is None:
+        raise UserError(f"{destination.url} holds no {SUCCESS_KEY}: no run has finished here yet")
     for key, entry in sorted(success["manifests"].items()):
         if sha256_hex(destination.get(key)) != entry["sha256"]:
             raise IntegrityError(f"{destination.url}/{key} is not the manifest that was published")

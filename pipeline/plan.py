@@ -86,7 +86,10 @@ def bind(destination: Store, fields: dict[str, Any]) -> str:
     document = {"writer_id": uuid.uuid4().hex, "config_fingerprint": config_fp, "fields": fields}
     _, stored = put_json_new(destination, BINDING_KEY, document)
     if stored["config_fingerprint"] != config_fp:
-        differences = "; ".join(differing_fields(fields, stored["fields"]))
+        lines = differing_fields(fields, stored["fields"])
+        if any(line.startswith("method.name:") for line in lines):  # another method has other fields: no news
+            lines = [line for line in lines if not line.startswith("method.config.")]
+        differences = "; ".join(lines)
         raise BindingConflict(
             f"{destination.url} holds results of another configuration ({differences}). "
             "Use the old settings, or another destination."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -81,16 +82,32 @@ def cluster(job: Job) -> Iterator[Pool]:
 def _start(address: str | None, actors: int | None) -> None:
     # ray.init takes SIGTERM over; Prefect needs it to cancel a run cleanly.
     handler = signal.getsignal(signal.SIGTERM)
-    options: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False}
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # it tells of every operator; the command shows progress
+    options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if address is None:
         cores = os.cpu_count() or 1
         options |= {"num_cpus": max(cores, actors or cores) + SPARE_CPUS, "include_dashboard": True}
     try:
-        ray.init(address=address, **options)
+        with _quiet_stderr():
+            ray.init(address=address, **options)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise UserError(f"no Ray cluster at '{address}': {error}") from error
     finally:
         signal.signal(signal.SIGTERM, handler)
+
+
+@contextmanager
+def _quiet_stderr() -> Iterator[None]:
+    """Drops what Ray's C++ core prints while it starts (its log level, say); errors reach Python as exceptions."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "w") as nothing:
+            os.dup2(nothing.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def dashboard_url() -> str | None:

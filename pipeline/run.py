@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 
 from pipeline.config import JobConfig, RunSettings
 from pipeline.errors import FatalWorkerError, UserError
-from pipeline.job import Job, code_version, resolve
+from pipeline.job import Job, archive_store, code_version, destination_store, protector_settings, resolve
 from pipeline.manifest import Manifest, committed_shards, publish_success
 from pipeline.plan import Plan, Shard, bind, load_index, make_plan, unit_ids
 from pipeline.storage import Store, check_conditional_writes, same_or_nested
@@ -69,21 +69,33 @@ class Tally:
                 )
 
 
-def prepare(config: JobConfig, *, dry_run: bool = False) -> tuple[Job, Plan]:
-    """Resolves the job, tests and binds the destination, and plans the source. A dry run writes nothing.
+def preflight(config: JobConfig) -> None:
+    """Finds in about a second what would stop the job at once. Writes nothing.
 
     Raises:
-        UserError: The job cannot run as configured.
+        UserError: Overlap, unknown method or preset, a value that cannot work, or nothing to protect.
     """
     if same_or_nested(config.source, config.destination):
         raise UserError(
             f"source {config.source} and destination {config.destination} overlap: originals could be overwritten. "
             "Choose a destination outside the source."
         )
+    protector_settings(config)
+    source, key = archive_store(config)
+    if next(source.list(key), None) is None:
+        raise UserError(f"{config.source} is empty or does not exist: there is nothing to protect")
+    next(destination_store(config).list("plans/"), None)  # a missing bucket or a wrong key shows here
+
+
+def prepare(config: JobConfig, *, dry_run: bool = False) -> tuple[Job, Plan]:
+    """Resolves the job, tests and binds the destination, and plans the source. A dry run writes nothing.
+
+    Raises:
+        UserError: The job cannot run as configured.
+    """
+    preflight(config)
     job = resolve(config)
     source, destination = job.source(), job.destination()
-    if next(source.list(job.source_key), None) is None:  # before anything is written: a typing error must bind nothing
-        raise UserError(f"{config.source} is empty or does not exist: there is nothing to protect")
     if not dry_run:
         check_conditional_writes(destination)
         bind(destination, job.fields)

@@ -9,7 +9,7 @@ from typing import Any
 from pipeline.job import Job, code_version
 from pipeline.manifest import Manifest
 from pipeline.plan import Shard
-from pipeline.storage import json_bytes
+from pipeline.storage import Store, get_json, json_bytes
 from pipeline.verify.check import stored_checks
 from pipeline.verify.purify import PURIFIERS
 from pipeline.verify.statistics import CONFIDENCE, RESAMPLES, Survival, survival
@@ -55,3 +55,8 @@ def write_verification(job: Job, shards: Sequence[Shard], manifests: Sequence[Ma
     key = f"reports/{job.run_id}/verification.json"
     destination.put_new(key, json_bytes(document))
     return key, total
+
+
+def read_verification(destination: Store, key: str) -> list[Survival]:
+    """The totals of a stored report."""
+    return [Survival(**entry) for entry in get_json(destination, key)["survival"]]

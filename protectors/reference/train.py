@@ -81,8 +81,15 @@ class Report:
         self._task, self._file = task, file
         self._begin()
         file.parent.mkdir(parents=True, exist_ok=True)
-        if cursor.step == 0:
-            file.unlink(missing_ok=True)
+        self._forget_after(cursor.step)
+
+    def _forget_after(self, step: int) -> None:
+        """Drops the lines of updates that an interruption lost, since they will be made again."""
+        if not self._file.exists():
+            return
+        head, *rows = self._file.read_text().splitlines(keepends=True)
+        kept = [row for row in rows if int(row.split(",", 1)[0]) <= step]
+        self._file.write_text("".join([head, *kept]))
 
     def _begin(self) -> None:
         self._losses: list[float] = []
