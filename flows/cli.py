@@ -86,6 +86,9 @@ def protect(
         str | None,
         _option("--model", panel=METHOD, help="Diffusers folder or hub id. [default: nano-sd, embedded, a laboratory]"),
     ] = None,
+    precision: Annotated[
+        str | None, _option("--precision", panel=METHOD, help="float32 or bfloat16 networks. [default: float32]")
+    ] = None,
     prompt: Annotated[str | None, _option("--prompt", panel=METHOD, help="Caption for methods that use one.")] = None,
     seed: Annotated[int | None, _option("--seed", panel=METHOD, help="Base seed. [default: 0]")] = None,
     format: Annotated[
@@ -132,6 +135,7 @@ def protect(
         "job.method.eps": eps,
         "job.method.overrides": _overrides(overrides),
         "job.method.model": model,
+        "job.method.precision": precision,
         "job.method.prompt": prompt,
         "job.seed": seed,
         "job.output.format": format,
@@ -236,7 +240,9 @@ def job_config(path: Path | None, given: dict[str, Any]) -> JobConfig:
         place = document
         *parents, name = dotted.split(".")
         for parent in parents:
-            place = place.setdefault(parent, {})
+            if place.get(parent) is None:
+                place[parent] = {}
+            place = place[parent]
             if not isinstance(place, dict):
                 raise UserError(f"{path}: '{parent}' must be a mapping")
         place[name] = {**place.get(name, {}), **value} if isinstance(value, dict) else value
@@ -250,6 +256,11 @@ def _plain(item: Any) -> str:
     where = ".".join(str(part) for part in item["loc"])
     if where in ("source", "destination") and item["type"] == "missing":
         return f"no {where} given: name it as an argument or in the job file"
+    if item["type"] == "extra_forbidden":
+        model: Any = JobConfig
+        for part in item["loc"][:-1]:
+            model = model.model_fields[part].annotation
+        return f"{where}: no such setting; there are {', '.join(model.model_fields)}"
     return f"{where}: {item['msg']} (got {item.get('input')!r})"
 
 
@@ -262,7 +273,10 @@ def _overrides(values: list[str] | None) -> dict[str, Any] | None:
         name, mark, value = text.partition("=")
         if not mark:
             raise UserError(f"--set {text}: write name=value")
-        result[name] = yaml.safe_load(value)
+        try:
+            result[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise UserError(f"--set {text}: the value is no YAML; put it in quotes") from error
     return result
 
 

@@ -15,7 +15,7 @@ from flows.progress import observer
 from pipeline.config import JobConfig
 from pipeline.errors import PipelineError, StorageError
 from pipeline.job import Job
-from pipeline.manifest import Manifest, committed_shards, read_manifest, read_success
+from pipeline.manifest import Manifest, committed_shards, read_manifests, read_success
 from pipeline.plan import Plan, Shard, plan_columns
 from pipeline.run import Tally, Task, cut_waves, prepare, publish
 from pipeline.verify.report import read_verification, write_verification
@@ -116,7 +116,7 @@ def publish_results(outcome: Outcome) -> None:
     committed = committed_shards(destination)
     published = read_success(destination)
     done = [shard for shard in outcome.plan.shards if shard.shard_id in committed]
-    outcome.manifests = [read_manifest(destination, shard.shard_id) for shard in done]
+    outcome.manifests = read_manifests(destination, [shard.shard_id for shard in done])
     keys = {manifest.key for manifest in outcome.manifests}
     if published is not None and keys <= published["manifests"].keys():
         outcome.report_key = published["report"]  # nothing is new: the last report still tells everything
@@ -127,7 +127,7 @@ def publish_results(outcome: Outcome) -> None:
         publish(outcome.job, outcome.plan, outcome.manifests, outcome.report_key)
 
 
-@flow(name="protect-archive", validate_parameters=False)
+@flow(name="protect-archive")
 def protect_archive(config: JobConfig) -> Outcome:
     """Protects an archive. Run it again at any time: it goes on where it stopped and repeats nothing.
 

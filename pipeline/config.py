@@ -9,8 +9,12 @@ from pydantic import BaseModel, ConfigDict, Field
 PIXEL_CODE_VERSION = 1
 """Raised whenever decoding, scaling or encoding changes a stored pixel; part of every fingerprint."""
 
+MAX_EPS_LEVELS = 64
+"""Beyond this nobody would call the change imperceptible; perturbations travel as int8."""
+
 Resolution = Literal["training-scale", "native"]
 OutputFormat = Literal["png", "webp", "jpeg"]
+Precision = Literal["float32", "bfloat16"]
 
 
 class _Settings(BaseModel):
@@ -40,11 +44,13 @@ class MethodSettings(_Settings):
     # paper: the publication's numbers; fast: CPU and demo; strong: more steps.
     preset: str = "fast"
     # Budget in 8-bit levels of the saved pixels (l_inf). None: the preset's.
-    eps: Annotated[float | None, Field(gt=0, le=64)] = None
+    eps: Annotated[float | None, Field(gt=0, le=MAX_EPS_LEVELS)] = None
     # Single fields of the method's configuration that replace the preset's.
     overrides: dict[str, Any] = Field(default_factory=dict)
     # "nano-sd" (embedded, a laboratory), a diffusers folder, or a hub id.
     model: str = "nano-sd"
+    # Number format of the model's weights on the device; images and perturbations stay float32.
+    precision: Precision = "float32"
     # Caption used for every image by methods that condition on text. None: the method's own.
     prompt: str | None = None
 

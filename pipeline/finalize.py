@@ -21,7 +21,7 @@ from pipeline.errors import AlreadyExists, IntegrityError
 from pipeline.ids import sha256_hex
 from pipeline.job import Job, code_version
 from pipeline.manifest import Manifest, logical_hash
-from pipeline.parts import PARQUET_OPTIONS, RUNG
+from pipeline.parts import PARQUET_OPTIONS, RUNG, read_part
 from pipeline.plan import Shard, load_index, unit_ids
 from pipeline.schema import CHECK_TYPE, QUARANTINED, SCHEMA_VERSION, data_schema, output_name
 from pipeline.storage import Store, put_json_new
@@ -103,7 +103,7 @@ def _label(shard: Shard) -> str:
 
 def _read_part(destination: Store, shard: Shard, unit: str, rows: RowRange) -> pa.Table:
     key = f"parts/{shard.shard_id}/{unit}.parquet"
-    table = pq.read_table(pa.BufferReader(destination.get(key)))
+    table = read_part(destination, key)
     if table.column("row").to_pylist() != list(range(*rows)):
         raise IntegrityError(
             f"{destination.url}/{key} does not hold rows {rows[0]} to {rows[1] - 1}; delete it and run again"

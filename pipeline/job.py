@@ -6,7 +6,7 @@ import uuid
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.config import PIXEL_CODE_VERSION, JobConfig, S3Settings
+from pipeline.config import MAX_EPS_LEVELS, PIXEL_CODE_VERSION, JobConfig, S3Settings
 from pipeline.decode import DecodeLimits
 from pipeline.errors import UserError
 from pipeline.ids import fingerprint
@@ -33,8 +33,7 @@ class Job:
     run_id: str
     protector_config: dict[str, Any]
     protector_version: str
-    # Local folder of the model, "" for methods that need none.
-    model_folder: str
+    # NO_MODEL for methods that need none.
     model_digest: str
     # Side in pixels at which the model was trained.
     base_size: int
@@ -66,8 +65,8 @@ class Job:
 
 def archive_store(config: JobConfig) -> tuple[Store, str]:
     """The store of the source; and the key of the one shard within it, "" where the source is a folder or prefix."""
-    root, _, name = config.source.rstrip("/").rpartition("/")
-    url, key = (root or ".", name) if kind_of(name) else (config.source, "")
+    root, slash, name = config.source.rstrip("/").rpartition("/")
+    url, key = (root or slash or ".", name) if kind_of(name) else (config.source, "")
     return open_store(url, storage_options(config.run.s3)), key
 
 
@@ -90,15 +89,16 @@ def resolve(config: JobConfig) -> Job:
     method = config.job.method
     chosen, settings = protector_settings(config)
     try:
-        folder = _model_folder(method.model) if chosen.needs_model() else ""
+        folder = model_folder(method.model) if chosen.needs_model() else ""
+        base_size = model_base_size(folder) if folder else MODEL_FREE_SIDE  # refuses what is no model
         digest = model_digest(folder) if folder else NO_MODEL
-        base_size = model_base_size(folder) if folder else MODEL_FREE_SIDE
     except (ModelError, ReferenceModelError) as error:
         raise UserError(str(error)) from error
     fields = {
         "method": {"name": method.name, "version": chosen.version, "config": settings.to_dict()},
         "model": digest,
         "prompt": method.prompt,
+        "precision": method.precision,
         "archive": config.job.archive.model_dump(),
         "output": config.job.output.model_dump(),
         "check": config.job.check.model_dump(),
@@ -113,7 +113,6 @@ def resolve(config: JobConfig) -> Job:
         run_id=uuid.uuid4().hex[:12],
         protector_config=settings.to_dict(),
         protector_version=chosen.version,
-        model_folder=folder,
         model_digest=digest,
         base_size=base_size,
     )
@@ -138,13 +137,21 @@ def protector_settings(config: JobConfig) -> tuple[type[ImageProtector[Any, Any]
     if method.eps is not None:
         changes["eps_levels"] = float(method.eps)
     try:
-        return chosen, chosen.presets[method.preset].replace(**changes)
+        settings = chosen.presets[method.preset].replace(**changes)
     except ValueError as error:
         raise UserError(f"method '{method.name}': {error}") from error
+    if settings.eps_levels > MAX_EPS_LEVELS:
+        raise UserError(f"method '{method.name}': eps_levels={settings.eps_levels:g}: use at most {MAX_EPS_LEVELS}")
+    return chosen, settings
 
 
-def _model_folder(name: str) -> str:
-    """A local folder: the embedded model by name, a folder, or the snapshot of a hub id."""
+def model_folder(name: str) -> str:
+    """The model's folder on this machine: the embedded model by name, a folder, or the snapshot of a hub id.
+
+    Raises:
+        ModelError: There is none.
+        ReferenceModelError: The embedded model is damaged.
+    """
     if name == NANO_SD:
         verify_reference(name)
         return str(reference_path(name))

@@ -5,13 +5,15 @@ from __future__ import annotations
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import IntegrityError, NotFound, PreconditionFailed, UserError
 from pipeline.ids import canonical_json, sha256_hex
-from pipeline.storage import Store, get_json, json_bytes, put_json_new
+from pipeline.storage import Store, get_json, in_parallel, json_bytes, put_json_new
 
 SUCCESS_KEY = "_SUCCESS.json"
 COUNTS = ("rows_in", "rows_ok", "rows_quarantined")
@@ -69,6 +71,11 @@ def committed_shards(destination: Store) -> set[str]:
     return {item.key.removeprefix("manifests/").removesuffix(".json") for item in destination.list("manifests/")}
 
 
+def read_manifests(destination: Store, shard_ids: Sequence[str]) -> list[Manifest]:
+    """Reads manifests, in the order of the ids."""
+    return in_parallel(partial(read_manifest, destination), shard_ids)
+
+
 def read_manifest(destination: Store, shard_id: str) -> Manifest:
     """Reads one manifest."""
     return Manifest(**get_json(destination, manifest_key(shard_id)))
@@ -84,7 +91,7 @@ def publish_success(destination: Store, manifests: Sequence[Manifest], about: di
         manifests: Every committed shard that this run knows.
         about: Further fields (run, report); they alone are no reason to write.
     """
-    entries = {item.key: _entry(destination, item) for item in manifests}
+    entries = dict(in_parallel(partial(_entry, destination), manifests))
     document = {**about, "manifests": entries, **_totals(entries), "writer_id": uuid.uuid4().hex}
     ours, stored = put_json_new(destination, SUCCESS_KEY, document)
     while not ours and not entries.items() <= stored["manifests"].items():
@@ -100,9 +107,9 @@ def publish_success(destination: Store, manifests: Sequence[Manifest], about: di
             continue  # another run published in between: merge with what it wrote
 
 
-def _entry(destination: Store, manifest: Manifest) -> dict[str, Any]:
+def _entry(destination: Store, manifest: Manifest) -> tuple[str, dict[str, Any]]:
     counts = {name: getattr(manifest, name) for name in COUNTS}
-    return {"sha256": sha256_hex(destination.get(manifest.key)), **counts}
+    return manifest.key, {"sha256": sha256_hex(destination.get(manifest.key)), **counts}
 
 
 def _totals(entries: dict[str, dict[str, Any]]) -> dict[str, int]:
@@ -138,8 +145,11 @@ def rows_of(destination: Store, manifest: Manifest, columns: Sequence[str] | Non
     if manifest.data is None:
         return
     with destination.open(manifest.data["key"]) as stream:
-        parquet = pq.ParquetFile(stream)
-        if parquet.metadata.num_rows != manifest.data["rows"]:
-            raise IntegrityError(f"{destination.url}/{manifest.data['key']} has not the rows its manifest names")
-        for group in range(parquet.metadata.num_row_groups):
-            yield from parquet.read_row_group(group, columns=columns).to_pylist()
+        try:
+            parquet = pq.ParquetFile(stream, page_checksum_verification=True)
+            if parquet.metadata.num_rows != manifest.data["rows"]:
+                raise IntegrityError(f"{destination.url}/{manifest.data['key']} has not the rows its manifest names")
+            for group in range(parquet.metadata.num_row_groups):
+                yield from parquet.read_row_group(group, columns=columns).to_pylist()
+        except (pa.ArrowInvalid, OSError) as error:
+            raise IntegrityError(f"{destination.url}/{manifest.data['key']} is damaged") from error

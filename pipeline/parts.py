@@ -14,12 +14,13 @@ import pyarrow.parquet as pq
 from pipeline.assets import Asset, Unit
 from pipeline.decode import apply_delta, decode, upright
 from pipeline.encode import choose_format, encode, measure
-from pipeline.errors import AssetError, BudgetExceeded, ErrorInfo, ProtectError
+from pipeline.errors import AssetError, BudgetExceeded, ErrorInfo, IntegrityError, NotFound, ProtectError
 from pipeline.ids import sha256_hex
 from pipeline.job import Job
 from pipeline.scale import enlarge_delta
 from pipeline.schema import part_schema
 from pipeline.shard_index import IMAGE_SUFFIXES
+from pipeline.storage import Store
 
 # Pictures do not shrink any further, but level 1 costs nothing to try, and dictionaries would hold whole pictures.
 PARQUET_OPTIONS: dict[str, Any] = {
@@ -27,6 +28,7 @@ PARQUET_OPTIONS: dict[str, Any] = {
     "compression_level": 1,
     "use_dictionary": False,
     "write_page_index": True,
+    "write_page_checksum": True,  # the columns beside the image have no hash of their own
 }
 SUFFIXES = {"png": ".png", "webp": ".webp", "jpeg": ".jpg"}
 RUNG = 0  # the first rung of the preset ladder
@@ -59,6 +61,19 @@ def build_part(job: Job, unit: Unit) -> Part:
         table = table.append_column("customer", unit.customer.combine_chunks().to_struct_array())
     failures = [asset.failure.error_type for asset in unit.assets if asset.failure is not None]
     return Part(_parquet_bytes(table), len(unit.assets) - len(failures), failures)
+
+
+def read_part(destination: Store, key: str, columns: list[str] | None = None) -> pa.Table:
+    """Reads a stored part, or some columns of it.
+
+    Raises:
+        IntegrityError: It is gone, or a page of it is damaged.
+    """
+    try:
+        with destination.open(key) if columns else pa.BufferReader(destination.get(key)) as stream:
+            return pq.read_table(stream, columns=columns, page_checksum_verification=True)
+    except (NotFound, pa.ArrowInvalid, OSError) as error:
+        raise IntegrityError(f"{destination.url}/{key} is missing or damaged; delete it and run again") from error
 
 
 def _parquet_bytes(table: pa.Table) -> bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -23,7 +24,7 @@ from pipeline.shard_index import (
     schema_from_text,
     schema_to_text,
 )
-from pipeline.storage import ObjectInfo, Store, get_json, put_json_new
+from pipeline.storage import ObjectInfo, Store, get_json, in_parallel, put_json_new
 from pipeline.units import RowRange
 
 BINDING_KEY = "plans/binding.json"
@@ -123,14 +124,25 @@ def make_plan(
     Raises:
         UserError: The source holds nothing that can be protected.
     """
+    while True:
+        plan = _plan(source, destination, settings, config_fp, only=only, committed=committed)
+        if not publish or not plan.indexes or _publish(destination, plan):
+            return plan
+        # Another planner took the number, perhaps with another listing: plan again on top of what it published.
+
+
+def _plan(
+    source: Store, destination: Store, settings: ArchiveSettings, config_fp: str, *, only: str, committed: set[str]
+) -> Plan:
     listing, ignored = _list_archive(source, only)
-    kept, covered, superseded, columns = _earlier_shards(destination, listing, committed)
-    fresh = [item for item in listing if (item.key, item.etag) not in covered]
-    number = 1 + max((shard.number for shard in kept), default=-1)
+    earlier = _earlier_shards(destination, listing, committed)
+    fresh = [item for item in listing if (item.key, item.etag) not in earlier.covered]
+    number = earlier.next_number
+    columns = earlier.columns
     indexes, unreadable = _index_all(source, fresh, settings)
     new_plan_id = sha256_hex(canonical_json([[i.key, i.etag, i.units] for i in indexes] + [config_fp, number]))[:16]
     new: dict[str, ShardIndex] = {}
-    shards = list(kept)
+    shards = list(earlier.kept)
     for offset, index in enumerate(indexes):
         shard = _shard(index, number + offset, new_plan_id)
         shards.append(shard)
@@ -141,15 +153,13 @@ def make_plan(
         raise UserError(reasons[0] if reasons else nothing)
     if new:
         columns[new_plan_id] = schema_to_text(output_columns(i.schema for i in new.values()))
-    if new and publish:
-        _publish(destination, new_plan_id, [s for s in shards if s.shard_id in new], new, columns[new_plan_id])
     return Plan(
         config_fp=config_fp,
         shards=shards,
         columns=columns,
         unreadable=unreadable,
         ignored=ignored,
-        superseded=superseded,
+        superseded=earlier.superseded,
         indexes=new,
     )
 
@@ -167,29 +177,40 @@ def _list_archive(source: Store, only: str) -> tuple[list[ObjectInfo], list[str]
     return listing, ignored
 
 
-def _earlier_shards(
-    destination: Store, listing: Sequence[ObjectInfo], committed: set[str]
-) -> tuple[list[Shard], set[tuple[str, str]], dict[str, list[str]], dict[str, str]]:
-    """Shards of earlier plans that still hold, what they cover, what was superseded, and output columns by plan."""
+@dataclass(slots=True)
+class _Earlier:
+    """What the published plans say about the source as it is now."""
+
+    kept: list[Shard] = field(default_factory=list)
+    # Key and etag of every object that a kept shard covers.
+    covered: set[tuple[str, str]] = field(default_factory=set)
+    superseded: dict[str, list[str]] = field(default_factory=dict)
+    columns: dict[str, str] = field(default_factory=dict)
+    next_number: int = 0
+
+
+def _earlier_shards(destination: Store, listing: Sequence[ObjectInfo], committed: set[str]) -> _Earlier:
     now = {item.key: item.etag for item in listing}
-    kept: list[Shard] = []
-    covered: set[tuple[str, str]] = set()
-    superseded: dict[str, list[str]] = {}
-    columns: dict[str, str] = {}
+    earlier = _Earlier()
+    shards: list[Shard] = []
     for item in destination.list("plans/plan-"):
         document = get_json(destination, item.key)
-        columns[document["plan_id"]] = document["columns"]
-        for shard in (Shard(**entry) for entry in document["shards"]):
-            sources = _sources(destination, shard)
-            stale = [key for key, etag in sources if now.get(key) != etag]
-            if stale and shard.shard_id not in committed:
-                continue  # can no longer be read as planned; what is left of it is planned anew
-            kept.append(shard)
-            covered.update(sources)
-            replaced = [key for key in stale if key in now]
-            if replaced:
-                superseded[shard.shard_id] = replaced
-    return kept, covered, superseded, columns
+        earlier.columns[document["plan_id"]] = document["columns"]
+        shards += [Shard(**entry) for entry in document["shards"]]
+    earlier.next_number = 1 + max((shard.number for shard in shards), default=-1)
+    # Committed ones first, then the newest: a source that changed and changed back is in several plans.
+    shards.sort(key=lambda shard: (shard.shard_id not in committed, -shard.number))
+    for shard, sources in zip(shards, in_parallel(partial(_sources, destination), shards), strict=True):
+        stale = [key for key, etag in sources if now.get(key) != etag]
+        if shard.shard_id not in committed and (stale or not earlier.covered.isdisjoint(sources)):
+            continue  # can no longer be read as planned, or another plan has it; what is left is planned anew
+        earlier.kept.append(shard)
+        earlier.covered.update(sources)
+        replaced = [key for key in stale if key in now]
+        if replaced:
+            earlier.superseded[shard.shard_id] = replaced
+    earlier.kept.sort(key=lambda shard: shard.number)
+    return earlier
 
 
 def _sources(destination: Store, shard: Shard) -> list[tuple[str, str]]:
@@ -241,20 +262,26 @@ def _shard(index: ShardIndex, number: int, plan_id: str) -> Shard:
     )
 
 
-def _publish(
-    destination: Store, plan_id: str, shards: Sequence[Shard], indexes: dict[str, ShardIndex], columns: str
-) -> None:
-    """Writes the indexes, then the plan that names them. Two planners of one listing write the same."""
+def _publish(destination: Store, plan: Plan) -> bool:
+    """Writes the new indexes, then the plan that names them; returns False if another plan took the number.
+
+    Two planners of one listing write the same plan, and both go on with it.
+    """
     writer = uuid.uuid4().hex
-    for shard in shards:
-        put_json_new(destination, shard.index_key, {"writer_id": writer, **indexes[shard.shard_id].to_json()})
+    shards = [shard for shard in plan.shards if shard.shard_id in plan.indexes]
+
+    def write_index(shard: Shard) -> None:
+        put_json_new(destination, shard.index_key, {"writer_id": writer, **plan.indexes[shard.shard_id].to_json()})
+
+    in_parallel(write_index, shards)
     document = {
         "writer_id": writer,
-        "plan_id": plan_id,
-        "columns": columns,
+        "plan_id": shards[0].plan_id,
+        "columns": plan.columns[shards[0].plan_id],
         "shards": [asdict(shard) for shard in shards],
     }
-    put_json_new(destination, f"plans/plan-{shards[0].number:05d}-{plan_id}.json", document)
+    _, stored = put_json_new(destination, f"plans/plan-{shards[0].number:05d}.json", document)
+    return bool(stored["plan_id"] == document["plan_id"])
 
 
 def load_index(destination: Store, shard: Shard) -> ShardIndex:

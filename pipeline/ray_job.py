@@ -60,6 +60,13 @@ class Failed:
     error: str
 
 
+@dataclass(frozen=True, slots=True)
+class Fatal:
+    """The machine is ill; the driver stops the run. A value, because Ray buries exceptions in tracebacks."""
+
+    error: str
+
+
 @contextmanager
 def cluster(job: Job) -> Iterator[Pool]:
     """Connects to the configured Ray cluster, or starts one on this machine for the run, and sizes the pool.
@@ -161,12 +168,19 @@ class Optimize:
 
     def __init__(self, job: Job, device: str) -> None:
         self.job = job
-        self.optimizer = Optimizer(job, device)
+        self.optimizer: Optimizer | None = None
+        self.broken = ""
+        try:
+            self.optimizer = Optimizer(job, device)
+        except (PipelineError, ValueError) as error:
+            self.broken = f"an optimizer cannot start: {error}"
 
     def __call__(self, batch: Batch) -> Iterator[Batch]:
         yield from _each(batch, self._one)
 
     def _one(self, item: Unit | Check) -> Iterator[Unit | str]:
+        if self.optimizer is None:
+            raise FatalWorkerError(self.broken)
         if isinstance(item, Check):
             store_check(self.job, item.key, measure_check(self.optimizer, item))
             yield item.key
@@ -192,14 +206,14 @@ def finalize(batch: Batch, job: Job) -> Iterator[Batch]:
 def _each(batch: Batch, work: Callable[[Any], Iterator[Any]]) -> Iterator[Batch]:
     """Applies a stage to the one item of a batch. An item that fails travels on as ``Failed``, past later stages."""
     (item,) = batch[ITEM]
-    if isinstance(item, Failed):
+    if isinstance(item, Failed | Fatal):
         yield _boxed(item)
         return
     try:
         for result in work(item):
             yield _boxed(result)
-    except FatalWorkerError:
-        raise  # the machine is ill: this must end the job
+    except FatalWorkerError as error:
+        yield _boxed(Fatal(str(error)))
     except PipelineError as error:
         yield _boxed(Failed(_shard_id(item), f"{type(error).__name__}: {error}"))
 
@@ -236,5 +250,12 @@ def _on_actors(stream: Dataset, job: Job, pool: Pool) -> Dataset:
 
 
 def _results(stream: Dataset) -> Iterator[Any]:
-    for batch in stream.iter_batches(batch_size=1, batch_format="numpy", prefetch_batches=0):
-        yield batch[ITEM][0]
+    try:
+        for batch in stream.iter_batches(batch_size=1, batch_format="numpy", prefetch_batches=0):
+            (item,) = batch[ITEM]
+            if isinstance(item, Fatal):
+                raise FatalWorkerError(item.error)
+            yield item
+    except ray.exceptions.RayError as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise FatalWorkerError(f"Ray failed: {first}. What is done stays; run the same command to go on.") from error

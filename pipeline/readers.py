@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -15,11 +14,10 @@ from pipeline.assets import Asset
 from pipeline.errors import ErrorInfo, FetchError, NotFound, SourceChanged
 from pipeline.ids import sha256_hex
 from pipeline.shard_index import ShardIndex, image_layout
-from pipeline.storage import Store
+from pipeline.storage import Store, in_parallel
 from pipeline.units import RowRange
 
 PARQUET_BUFFER_BYTES = 1 << 20  # read a column chunk page by page, not whole
-PARALLEL_GETS = 8  # hides the latency of small GETs; more would not help one core
 NEAR_BYTES = 1 << 20  # members of a tar that lie closer than this come with one GET
 
 Place = tuple[int, int]
@@ -53,8 +51,7 @@ def read_units(store: Store, index: ShardIndex, units: Sequence[RowRange]) -> It
 
 def _read_files(store: Store, index: ShardIndex, unit: RowRange) -> UnitRows:
     members = index.members[slice(*unit)]
-    with ThreadPoolExecutor(PARALLEL_GETS) as pool:
-        data = list(pool.map(lambda member: _get(store, member[0], member[1]), members))
+    data = in_parallel(lambda member: _get(store, member[0], member[1]), members)
     assets = [
         _asset(store, row, name=key, etag=etag, data=content)
         for row, (key, etag, _), content in zip(range(*unit), members, data, strict=True)
@@ -155,6 +152,8 @@ def _stream_row_group(store: Store, index: ShardIndex, units: Sequence[RowRange]
                 if batch is None:
                     raise pa.ArrowInvalid(f"row group {group} ends before row {high}")
                 held = pa.concat_tables([held, pa.Table.from_batches([batch])])
+                skipped = min(max(0, low - position), held.num_rows)
+                held, position = held.slice(skipped), position + skipped
             yield held.slice(low - position, high - low)
             held = held.slice(high - position)
             position = high

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from pipeline.config import JobConfig, RunSettings
-from pipeline.errors import FatalWorkerError, UserError
+from pipeline.errors import FatalWorkerError, StorageError, UserError
 from pipeline.job import Job, archive_store, code_version, destination_store, protector_settings, resolve
 from pipeline.manifest import Manifest, committed_shards, publish_success
 from pipeline.plan import Plan, Shard, bind, load_index, make_plan, unit_ids
@@ -82,9 +82,12 @@ def preflight(config: JobConfig) -> None:
         )
     protector_settings(config)
     source, key = archive_store(config)
-    if next(source.list(key), None) is None:
-        raise UserError(f"{config.source} is empty or does not exist: there is nothing to protect")
-    next(destination_store(config).list("plans/"), None)  # a missing bucket or a wrong key shows here
+    try:
+        if next(source.list(key), None) is None:
+            raise UserError(f"{config.source} is empty or does not exist: there is nothing to protect")
+        next(destination_store(config).list("plans/"), None)  # a missing bucket or a wrong key shows here
+    except StorageError as error:  # before anything has begun, what cannot be reached was named wrongly
+        raise UserError(str(error)) from error
 
 
 def prepare(config: JobConfig, *, dry_run: bool = False) -> tuple[Job, Plan]:

@@ -114,9 +114,9 @@ def output_columns(schemas: Iterable[pa.Schema]) -> pa.Schema:
         for column in schema:
             name = output_name(column.name)
             known = fields.get(name)
-            if known is not None and (
-                known.type != column.type or known.metadata[b"fixative.source"] != column.name.encode()
-            ):
+            if known is not None and known.metadata[b"fixative.source"] != column.name.encode():
+                raise UserError(f"columns '{column.name}' and '{name}' would both be stored as '{name}'; rename one")
+            if known is not None and known.type != column.type:
                 raise UserError(
                     f"column '{name}' is {known.type} in one shard and {column.type} in another; "
                     "protect them into two destinations, or make the types equal"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import tarfile
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import PurePosixPath
@@ -122,6 +123,9 @@ def index_parquet(store: Store, item: ObjectInfo, settings: ArchiveSettings) -> 
             bytes_per_row = [group.total_byte_size // max(1, group.num_rows) for group in groups]
     except (pa.ArrowInvalid, OSError) as error:
         raise UnreadableShard(f"{store.url}/{item.key}: not a readable Parquet file ({error})") from error
+    doubled = [name for name, count in Counter(schema.names).items() if count > 1]
+    if doubled:
+        raise UnreadableShard(f"{store.url}/{item.key}: two columns are named {doubled[0]}")
     image = find_image_column(schema, settings.image_column, f"{store.url}/{item.key}")
     sizes = [size for count, size in zip(rows, bytes_per_row, strict=True) for _ in range(count)]
     starts = [sum(rows[:i]) for i in range(len(rows))]
@@ -234,6 +238,9 @@ def _tar_samples(store: Store, item: ObjectInfo, where: str) -> dict[str, dict[s
                 if member.offset_data + member.size > item.size:
                     raise UnreadableShard(f"{where}: the tar is cut off within {member.name}")
                 samples[sample][extension] = [member.offset_data, member.size]
+            stream.seek(tar.offset)
+            if stream.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # tarfile takes a damaged header for the end
+                raise UnreadableShard(f"{where}: the tar is cut off or damaged at byte {tar.offset}")
     except (tarfile.TarError, OSError, EOFError) as error:
         raise UnreadableShard(f"{where}: not a readable plain tar ({error})") from error
     return samples

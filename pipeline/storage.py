@@ -6,11 +6,12 @@ import json
 import os
 import re
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol, TypeVar
 
 from pipeline.errors import (
     AlreadyExists,
@@ -21,6 +22,10 @@ from pipeline.errors import (
     UserError,
 )
 
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+
+PARALLEL_REQUESTS = 16
 _S3_SCHEMES = ("s3", "s3a")
 _LOCAL_SCHEMES = ("file", "local")
 WRITER_HINT = (
@@ -218,6 +223,12 @@ def put_json_new(store: Store, key: str, doc: Mapping[str, Any]) -> tuple[bool, 
         stored = get_json(store, key)
         return stored.get("writer_id") == doc["writer_id"], stored
     return True, _json_object(data, key)
+
+
+def in_parallel(work: Callable[[_Item], _Result], items: Iterable[_Item]) -> list[_Result]:
+    """Applies a function that waits for the store to many items, in order; hides the latency of small requests."""
+    with ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:
+        return list(pool.map(work, items))
 
 
 def json_bytes(doc: Mapping[str, Any]) -> bytes:

@@ -16,16 +16,16 @@ import torch
 
 from pipeline.assets import Asset, Unit
 from pipeline.decode import decode, model_view
-from pipeline.errors import AlreadyExists, AssetError, ErrorInfo, ProtectError
+from pipeline.errors import AlreadyExists, AssetError, ErrorInfo, FatalWorkerError, ProtectError
 from pipeline.fuse import begin
 from pipeline.ids import asset_seed
-from pipeline.job import Job
+from pipeline.job import NO_MODEL, Job, model_folder
 from pipeline.parts import build_part
 from pipeline.plan import Shard, load_index, unit_ids
 from pipeline.readers import read_units
 from pipeline.scale import Box, blend_tiles, tile_boxes, to_training_scale
 from protectors.base import ImageFacts, ImageProtector
-from protectors.diffusion import load_model
+from protectors.diffusion import DiffusionModel, load_model
 from protectors.registry import protector_class
 
 # Decoded pixels that may travel with one unit; what is beyond is decoded by the optimizer, one image at a time.
@@ -90,7 +90,7 @@ class Optimizer:
             # Sums are rounded by thread count: a fixed number keeps pixels equal on every pool size.
             torch.set_num_threads(job.config.run.threads)
         chosen = protector_class(job.config.job.method.name)
-        model = load_model(job.model_folder, device=device) if job.model_folder else None
+        model = None if job.model_digest == NO_MODEL else _load_model(job, device)
         self.job = job
         self.protector: ImageProtector[Any, Any] = chosen(chosen.config_type.from_dict(job.protector_config), model)
         self.batch_size = job.config.run.batch_size or (GPU_BATCH if device == "cuda" else 1)
@@ -173,6 +173,14 @@ class Optimizer:
     def _prompts(self, count: int) -> list[str] | None:
         prompt = self.job.config.job.method.prompt
         return None if prompt is None else [prompt] * count
+
+
+def _load_model(job: Job, device: str) -> DiffusionModel:
+    method = job.config.job.method
+    model = load_model(model_folder(method.model), device=device, dtype=getattr(torch, method.precision))
+    if model.digest != job.model_digest:
+        raise FatalWorkerError(f"this machine holds another '{method.model}' than the one that planned the run")
+    return model
 
 
 @dataclass(slots=True)

@@ -47,19 +47,20 @@ def resolve_folder(path_or_id: str) -> Path:
 def _snapshot(model_id: str) -> Path:
     # Costs nearly a second to import, and a local folder does not need it.
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     wanted = [MODEL_INDEX, *(f"{part}/{kind}" for part in COMPONENTS for kind in _DEFINING)]
     fetch = partial(snapshot_download, model_id, allow_patterns=wanted, ignore_patterns=list(_VARIANTS))
     try:
         return Path(fetch(local_files_only=True))
-    except LocalEntryNotFoundError:
-        pass  # not cached: ask the hub
+    except (LocalEntryNotFoundError, HFValidationError):
+        pass  # not cached: ask the hub, or be told why the name is wrong
     try:
         return Path(fetch())
     except (OSError, ValueError, HfHubHTTPError) as error:
+        reason = " ".join(str(error).split())
         raise ModelError(
-            f"{model_id!r} is neither a folder nor a model in the local cache, and the hub gave: {error}. "
+            f"{model_id!r} is neither a folder nor a model in the local cache, and the hub gave: {reason}. "
             "Download it on a machine with network access and name the folder."
         ) from error
 

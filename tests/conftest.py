@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import time
 import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -20,6 +22,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
+import flows  # noqa: F401 - sets what Ray and Prefect read when they are imported
 from pipeline.storage import StorageOptions
 
 
@@ -73,13 +76,18 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory, no_real_aws: None) -> It
             process.terminate()
 
 
+def make_bucket(server: S3Server) -> str:
+    """Creates a bucket and returns its name."""
+    name = f"test-{uuid.uuid4().hex[:12]}"
+    request = urllib.request.Request(f"{server.endpoint_url}/{name}", method="PUT")
+    with urllib.request.urlopen(request, timeout=10):
+        return name
+
+
 @pytest.fixture
 def s3_bucket(s3_server: S3Server) -> str:
     """The name of a fresh, empty bucket."""
-    name = f"test-{uuid.uuid4().hex[:12]}"
-    request = urllib.request.Request(f"{s3_server.endpoint_url}/{name}", method="PUT")
-    with urllib.request.urlopen(request, timeout=10):
-        return name
+    return make_bucket(s3_server)
 
 
 @pytest.fixture
@@ -94,6 +102,35 @@ def s3_proxy(s3_server: S3Server) -> Iterator[S3Proxy]:
         proxy.server.shutdown()
         proxy.server.server_close()
         thread.join()
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(no_real_aws: None) -> Iterator[str]:
+    """One local Ray for all tests that run a job in this process; the address at which other processes join it."""
+    import ray
+
+    handler = signal.getsignal(signal.SIGTERM)
+    ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    signal.signal(signal.SIGTERM, handler)
+    yield ray.get_runtime_context().gcs_address
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def prefect_server() -> Iterator[None]:
+    """One Prefect server with an empty database for all flows of this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PREFECT_LOGGING_LEVEL", "CRITICAL")  # as the command sets it
+        from prefect.testing.utilities import prefect_test_harness
+
+        with prefect_test_harness(server_startup_timeout=120):
+            yield
+
+
+@pytest.fixture(scope="session")
+def prefect_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where commands in processes of their own keep Prefect's database, so that it is built once."""
+    return tmp_path_factory.mktemp("prefect")
 
 
 @dataclass(frozen=True)
@@ -125,6 +162,10 @@ class S3Proxy(S3Server):
 def _handler(proxy: S3Proxy, upstream: str) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+
+        def handle(self) -> None:
+            with suppress(ConnectionError):  # the client may be dead by now
+                super().handle()
 
         def pass_on(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))

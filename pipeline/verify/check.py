@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow.parquet as pq
 
 from pipeline.decode import decode, model_view
 from pipeline.encode import measure
 from pipeline.errors import IntegrityError
 from pipeline.ids import sha256_hex
 from pipeline.job import Job
+from pipeline.parts import read_part
 from pipeline.plan import Shard, load_index, unit_ids
 from pipeline.readers import read_units
 from pipeline.scale import to_training_scale
@@ -58,8 +58,7 @@ def sampled_rows(job: Job, shard: Shard) -> dict[str, dict[int, str]]:
     destination = job.destination()
     protected: dict[str, dict[int, str]] = {}
     for unit in unit_ids(load_index(destination, shard), job.config_fp):
-        with destination.open(f"parts/{shard.shard_id}/{unit}.parquet") as stream:
-            table = pq.read_table(stream, columns=["row", "asset_id", "status"])
+        table = read_part(destination, f"parts/{shard.shard_id}/{unit}.parquet", ["row", "asset_id", "status"])
         protected[unit] = {row["row"]: row["asset_id"] for row in table.to_pylist() if row["status"] == "protected"}
     names = [name for rows in protected.values() for name in rows.values()]
     chosen = choose_sample(names, job.config.job.check)
@@ -83,8 +82,8 @@ def prepare_checks(job: Job, shard: Shard) -> Iterator[Check]:
         if check.key in done:
             continue
         (originals,) = read_units(source, index, [ranges[unit]])
-        with destination.open(f"parts/{shard.shard_id}/{unit}.parquet") as stream:
-            stored = {row["row"]: row for row in pq.read_table(stream).to_pylist()}
+        part = read_part(destination, f"parts/{shard.shard_id}/{unit}.parquet")
+        stored = {row["row"]: row for row in part.to_pylist()}
         for asset in originals.assets:
             if asset.row in rows:
                 check.assets.append(_cells(job, asset.data or b"", stored[asset.row]))
@@ -93,10 +92,13 @@ def prepare_checks(job: Job, shard: Shard) -> Iterator[Check]:
 
 def _cells(job: Job, original: bytes, row: dict[str, Any]) -> CheckedAsset:
     data = row["image"]["bytes"]
+    mismatch = IntegrityError(f"{row['asset_id']}: the stored image does not match its row in unit {row['unit_id']}")
+    if sha256_hex(data) != row["protected_sha256"]:
+        raise mismatch
     clean = decode(original, limits=job.limits)
     measured = measure(data, clean, job.limits)
-    if sha256_hex(data) != row["protected_sha256"] or measured.pixel_sha256 != row["pixel_sha256"]:
-        raise IntegrityError(f"{row['asset_id']}: the stored image does not match its row in unit {row['unit_id']}")
+    if measured.pixel_sha256 != row["pixel_sha256"]:
+        raise mismatch
     if row["format"] != "JPEG" and measured.linf_levels > math.floor(job.eps_levels):
         raise IntegrityError(f"{row['asset_id']}: the stored image is {measured.linf_levels} levels off")
     pair = (model_view(clean), model_view(decode(data, limits=job.limits)))

@@ -1,0 +1,58 @@
+"""Units cover every row once, within their limits; groups follow the row groups."""
+
+from __future__ import annotations
+
+from itertools import accumulate, pairwise
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.config import ArchiveSettings
+from pipeline.units import RowRange, cut_units, group_units
+
+
+def settings(unit_assets: int = 16, unit_bytes: int = 10_000_000) -> ArchiveSettings:
+    return ArchiveSettings(unit_assets=unit_assets, unit_bytes=unit_bytes)
+
+
+@given(
+    st.lists(st.integers(0, 50), max_size=60),
+    st.integers(1, 10),
+    st.integers(1, 120),
+    st.sets(st.integers(0, 70), max_size=8),
+)
+def test_cut_units(sizes: list[int], unit_assets: int, unit_bytes: int, breaks: set[int]) -> None:
+    units = cut_units(sizes, settings(unit_assets, unit_bytes), breaks)
+    assert [row for low, high in units for row in range(low, high)] == list(range(len(sizes)))
+    for low, high in units:
+        assert 1 <= high - low <= unit_assets
+        assert high - low == 1 or sum(sizes[low:high]) <= unit_bytes
+        assert not breaks & set(range(low + 1, high))
+    for (low, middle), (_, _) in pairwise(units):  # no unit is smaller than it must be
+        full = middle - low == unit_assets or sum(sizes[low : middle + 1]) > unit_bytes
+        assert full or middle in breaks
+
+
+def test_a_row_above_the_byte_limit_is_alone() -> None:
+    assert cut_units([5, 100, 5, 5], settings(unit_bytes=10)) == [(0, 1), (1, 2), (2, 4)]
+
+
+@given(st.data())
+def test_group_units_keeps_order_and_row_groups(data: st.DataObject) -> None:
+    row_groups = data.draw(st.lists(st.integers(0, 9), min_size=1, max_size=6))
+    starts = [0, *accumulate(row_groups)]
+    units = cut_units([1] * starts[-1], settings(unit_assets=3), starts)
+    open_units = [unit for unit in units if data.draw(st.booleans())]
+    groups = group_units(open_units, row_groups)
+    assert [unit for group in groups for unit in group] == open_units
+
+    def home(unit: RowRange) -> int:
+        return max(number for number, start in enumerate(starts) if start <= unit[0])
+
+    homes = [{home(unit) for unit in group} for group in groups]
+    assert all(len(found) == 1 for found in homes)
+    assert len({found.pop() for found in homes}) == len(groups)
+
+
+def test_archives_read_asset_by_asset_are_not_grouped() -> None:
+    assert group_units([(0, 2), (5, 6)], []) == [[(0, 2)], [(5, 6)]]
