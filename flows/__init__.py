@@ -9,3 +9,5 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 # Ray Data's actors always trip one error line of Ray's core (ray#53727); what matters reaches Python as exceptions.
 os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+# Prefect gives its own server 20 s to start; on a busy machine, or while it builds its database, that is too short.
+os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "180")

@@ -323,9 +323,10 @@ def main(run: Callable[[], Any] = app) -> None:
     except PipelineError as error:
         errors.print(f"fixative: {error}", style="red", highlight=False, soft_wrap=True, markup=False)
         sys.exit(1)
-    except KeyboardInterrupt:
-        errors.print("fixative: interrupted; run the same command to go on", style="yellow")
-        sys.exit(128 + signal.SIGINT)
+    except SystemExit as ended:  # typer makes one of Ctrl-C too
+        if ended.code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
+            errors.print("fixative: interrupted; run the same command to go on", style="yellow")
+        raise
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.job import Job
-from pipeline.manifest import committed_shards
+from pipeline.manifest import read_commits
 from pipeline.plan import Plan
 from pipeline.run import open_units
 
@@ -46,7 +46,7 @@ def estimate(job: Job, plan: Plan) -> Estimate:
 
 def _open_assets(job: Job, plan: Plan) -> int:
     destination = job.destination()
-    committed = committed_shards(destination)
+    committed = read_commits(destination).committed
     count = 0
     for shard in plan.shards:
         if shard.shard_id in plan.indexes:

@@ -23,6 +23,9 @@ class Observer(Protocol):
     def advance(self, count: int, note: str = "") -> None:
         """That many more are finished."""
 
+    def note(self, text: str) -> None:
+        """Something worth a line."""
+
 
 class Silent:
     """Shows nothing: runs that a server started have their artifacts."""
@@ -30,6 +33,8 @@ class Silent:
     def step(self, name: str, total: int, done: int = 0) -> None: ...
 
     def advance(self, count: int, note: str = "") -> None: ...
+
+    def note(self, text: str) -> None: ...
 
 
 class Terminal:
@@ -65,6 +70,9 @@ class Terminal:
         self.bars.update(self._task, completed=self._done, rate=rate, note=note)
         if self._done >= self._total or time.monotonic() - self._spoken > LINE_EVERY_S:
             self._say(f" {rate} {note}")
+
+    def note(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False)
 
     def _say(self, text: str) -> None:
         if not self.console.is_terminal:

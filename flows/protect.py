@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import pyarrow as pa
 from prefect import flow, task
 from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
@@ -15,7 +16,7 @@ from flows.progress import observer
 from pipeline.config import JobConfig
 from pipeline.errors import PipelineError, StorageError
 from pipeline.job import Job
-from pipeline.manifest import Manifest, committed_shards, read_manifests, read_success
+from pipeline.manifest import Manifest, read_commits, read_manifests, read_success, says
 from pipeline.plan import Plan, Shard, plan_columns
 from pipeline.run import Tally, Task, cut_waves, prepare, publish
 from pipeline.verify.report import read_verification, write_verification
@@ -32,12 +33,15 @@ class Outcome:
     manifests: list[Manifest] = field(default_factory=list)
     survival: list[Survival] = field(default_factory=list)
     report_key: str | None = None
+    # Shards of the plan that have no manifest.
+    uncommitted: list[Shard] = field(default_factory=list)
 
     @property
     def problems(self) -> list[str]:
         """Why the run is not good; empty when every asset is accounted for and few enough are quarantined."""
         lines = [reason for _, reason in self.plan.unreadable]
-        lines += [f"{shard}: {reason}" for shard, reason in sorted(self.tally.failed.items())]
+        reasons = self.tally.failed
+        lines += [f"{shard.shard_id}: {reasons.get(shard.shard_id, 'not committed')}" for shard in self.uncommitted]
         quarantined = sum(manifest.rows_quarantined for manifest in self.manifests)
         if quarantined > self.tally.tolerated:
             lines.append(f"{quarantined} assets are quarantined, {self.tally.tolerated:g} are tolerated")
@@ -85,7 +89,7 @@ def protect_wave(job: Job, pool: Any, tasks: Sequence[Task], tally: Tally) -> No
         observer().advance(result.protected + len(result.quarantined), note)
 
 
-@task(name="check-wave", **_RETRIED)
+@task(name="check-wave", cache_policy=NO_CACHE)
 def check_wave(job: Job, pool: Any, shards: Sequence[Shard], tally: Tally) -> None:
     """Measures the sampled check of finished shards."""
     from pipeline.ray_job import Failed, check_shards
@@ -97,13 +101,13 @@ def check_wave(job: Job, pool: Any, shards: Sequence[Shard], tally: Tally) -> No
     observer().advance(len(shards))
 
 
-@task(name="commit-wave", **_RETRIED)
-def commit_wave(job: Job, plan: Plan, shards: Sequence[Shard], tally: Tally) -> None:
-    """Commits finished shards."""
+@task(name="commit-wave", cache_policy=NO_CACHE)
+def commit_wave(job: Job, shards: Sequence[tuple[Shard, pa.Schema]], tally: Tally) -> None:
+    """Commits finished shards, each with the output form of its customer's columns."""
     from pipeline.ray_job import Failed, finalize_shards
 
     observer().step("commit", len(shards))
-    for result in finalize_shards(job, [(shard, plan_columns(plan, shard)) for shard in shards]):
+    for result in finalize_shards(job, shards):
         if isinstance(result, Failed):
             tally.failed[result.shard_id] = result.error
         observer().advance(1)
@@ -111,20 +115,20 @@ def commit_wave(job: Job, plan: Plan, shards: Sequence[Shard], tally: Tally) -> 
 
 @task(name="publish", **_RETRIED)
 def publish_results(outcome: Outcome) -> None:
-    """Writes the verification report and, when every shard is committed, ``_SUCCESS.json``."""
-    destination = outcome.job.destination()
-    committed = committed_shards(destination)
-    published = read_success(destination)
-    done = [shard for shard in outcome.plan.shards if shard.shard_id in committed]
+    """Writes the verification report and, when every asset of the source is accounted for, ``_SUCCESS.json``."""
+    job, plan, destination = outcome.job, outcome.plan, outcome.job.destination()
+    committed = read_commits(destination).committed
+    outcome.uncommitted = [shard for shard in plan.shards if shard.shard_id not in committed]
+    done = [shard for shard in plan.shards if shard.shard_id in committed]
     outcome.manifests = read_manifests(destination, [shard.shard_id for shard in done])
-    keys = {manifest.key for manifest in outcome.manifests}
-    if published is not None and keys <= published["manifests"].keys():
+    published = read_success(destination)
+    if published is not None and says(published, [item.key for item in outcome.manifests], plan.superseded):
         outcome.report_key = published["report"]  # nothing is new: the last report still tells everything
         outcome.survival = read_verification(destination, published["report"])
         return
-    outcome.report_key, outcome.survival = write_verification(outcome.job, done, outcome.manifests)
-    if len(done) == len(outcome.plan.shards):
-        publish(outcome.job, outcome.plan, outcome.manifests, outcome.report_key)
+    outcome.report_key, outcome.survival = write_verification(job, done, outcome.manifests)
+    if not outcome.problems:
+        publish(job, plan, outcome.manifests, outcome.report_key)
 
 
 @flow(name="protect-archive")
@@ -137,31 +141,35 @@ def protect_archive(config: JobConfig) -> Outcome:
     """
     job, plan = plan_archive(config)
     tally = Tally(run=config.run, assets=plan.rows)
-    committed = committed_shards(job.destination())
+    committed = read_commits(job.destination()).committed
     todo = [shard for shard in plan.shards if shard.shard_id not in committed]
     tally.resumed = plan.rows - sum(shard.rows for shard in todo)
     if todo:
         _run_waves(job, plan, todo, tally)
     outcome = Outcome(job=job, plan=plan, tally=tally)
     publish_results(outcome)
-    create_table_artifact(key="protect-summary", table=summary(outcome), description=config.destination)
+    create_table_artifact(key="protect-summary", table=summary(outcome), description=job.destination().url)
     if outcome.problems:
         raise RunIncomplete(outcome)
     return outcome
 
 
 def _run_waves(job: Job, plan: Plan, shards: Sequence[Shard], tally: Tally) -> None:
-    from pipeline.ray_job import cluster  # Ray costs seconds to import; a finished destination needs none
+    from pipeline.ray_job import (  # Ray costs seconds to import; a finished destination needs none
+        cluster,
+        dashboard_url,
+    )
 
     with cluster(job) as pool:
+        observer().note(f"{pool.actors} {pool.device} actors; Ray dashboard: {dashboard_url()}")
         for tasks, complete in cut_waves(job, shards, tally):
             observer().step("protect", plan.rows, tally.resumed + tally.protected + tally.quarantined)
             if tasks:
                 protect_wave(job, pool, tasks, tally)
-            good = [shard for shard in complete if shard.shard_id not in tally.failed]
-            if good:
+            if good := [shard for shard in complete if shard.shard_id not in tally.failed]:
                 check_wave(job, pool, good, tally)
-                commit_wave(job, plan, [shard for shard in good if shard.shard_id not in tally.failed], tally)
+            if good := [shard for shard in good if shard.shard_id not in tally.failed]:
+                commit_wave(job, [(shard, plan_columns(plan, shard)) for shard in good], tally)
 
 
 def summary(outcome: Outcome) -> list[dict[str, Any]]:

@@ -44,7 +44,7 @@ def _left_out(console: Console, found: Plan) -> None:
         names = ", ".join(found.ignored[:3])
         console.print(f"ignored, because they are no images, Parquet files or tars: {len(found.ignored)} ({names})")
     for _, reason in found.unreadable:
-        console.print(f"cannot be read: {reason}", style="red", highlight=False, markup=False)
+        console.print(f"cannot be read: {reason}", style="red", highlight=False, soft_wrap=True, markup=False)
 
 
 def outcome(console: Console, result: Outcome) -> None:
@@ -75,9 +75,10 @@ def outcome(console: Console, result: Outcome) -> None:
     )
     _left_out(console, result.plan)
     for problem in result.problems:
-        console.print(f"not complete: {problem}", style="red", highlight=False, markup=False)
+        console.print(f"not complete: {problem}", style="red", highlight=False, soft_wrap=True, markup=False)
     if result.report_key is not None:
-        console.print(f"report: {join_url(result.job.destination().url, result.report_key)}", highlight=False)
+        report = join_url(result.job.destination().url, result.report_key)
+        console.print(f"report: {report}", highlight=False, soft_wrap=True, markup=False)
 
 
 def status(console: Console, found: Status) -> None:

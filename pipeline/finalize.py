@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.errors import AlreadyExists, IntegrityError
+from pipeline.errors import AlreadyExists, IntegrityError, SourceChanged
 from pipeline.ids import sha256_hex
 from pipeline.job import Job, code_version
 from pipeline.manifest import Manifest, logical_hash
@@ -94,6 +94,8 @@ def finalize_shard(job: Job, shard: Shard, customer: pa.Schema) -> Manifest:
         },
     )
     _, stored = put_json_new(destination, manifest.key, asdict(manifest))
+    if "abandoned" in stored:
+        raise SourceChanged(f"{shard.shard_id}: another run has planned its source anew; run again")
     return Manifest(**stored)
 
 

@@ -13,7 +13,7 @@ from pipeline.decode import DecodeLimits
 from pipeline.encode import pixel_sha256_of_bytes
 from pipeline.errors import IntegrityError, NotFound, UserError
 from pipeline.ids import sha256_hex
-from pipeline.manifest import Manifest, committed_shards, logical_hash, read_manifest, rows_of, success_manifests
+from pipeline.manifest import Manifest, logical_hash, read_commits, read_manifest, rows_of, success_manifests
 from pipeline.plan import BINDING_KEY, Shard
 from pipeline.storage import Store, get_json
 
@@ -53,7 +53,7 @@ def read_status(destination: Store) -> Status:
         binding = get_json(destination, BINDING_KEY)
     except NotFound as error:
         raise UserError(f"{destination.url} is no destination of Fixative: it holds no {BINDING_KEY}") from error
-    committed = committed_shards(destination)
+    committed, abandoned = read_commits(destination)
     shards: list[ShardStatus] = []
     reasons: Counter[str] = Counter()
     examples: list[dict[str, Any]] = []

@@ -88,12 +88,8 @@ def resolve(config: JobConfig) -> Job:
     """
     method = config.job.method
     chosen, settings = protector_settings(config)
-    try:
-        folder = model_folder(method.model) if chosen.needs_model() else ""
-        base_size = model_base_size(folder) if folder else MODEL_FREE_SIDE  # refuses what is no model
-        digest = model_digest(folder) if folder else NO_MODEL
-    except (ModelError, ReferenceModelError) as error:
-        raise UserError(str(error)) from error
+    folder, base_size = find_model(config)
+    digest = model_digest(folder) if folder else NO_MODEL
     fields = {
         "method": {"name": method.name, "version": chosen.version, "config": settings.to_dict()},
         "model": digest,
@@ -116,6 +112,21 @@ def resolve(config: JobConfig) -> Job:
         model_digest=digest,
         base_size=base_size,
     )
+
+
+def find_model(config: JobConfig) -> tuple[str, int]:
+    """The local folder of the method's model and its training scale; ("", 512) for methods that need none.
+
+    Raises:
+        UserError: The method is unknown, there is no such model, or the folder holds no usable one.
+    """
+    if not protector_settings(config)[0].needs_model():
+        return "", MODEL_FREE_SIDE
+    try:
+        folder = model_folder(config.job.method.model)
+        return folder, model_base_size(folder)
+    except (ModelError, ReferenceModelError) as error:
+        raise UserError(str(error)) from error
 
 
 def protector_settings(config: JobConfig) -> tuple[type[ImageProtector[Any, Any]], ProtectorConfig]:

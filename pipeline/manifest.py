@@ -6,7 +6,7 @@ import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -66,9 +66,31 @@ def logical_hash(identities: Iterable[Sequence[str | None]]) -> str:
     return sha256_hex("\n".join(rows))
 
 
-def committed_shards(destination: Store) -> set[str]:
-    """Ids of the shards that have a manifest."""
-    return {item.key.removeprefix("manifests/").removesuffix(".json") for item in destination.list("manifests/")}
+class Commits(NamedTuple):
+    """Ids of the shards whose fate is sealed."""
+
+    committed: set[str]
+    # Planned anew before anyone committed them, because their source changed.
+    abandoned: set[str]
+
+
+def read_commits(destination: Store) -> Commits:
+    """Which shards are committed, and which were abandoned."""
+    keys = [item.key for item in destination.list("manifests/")]
+    commits = Commits(set(), set())
+    for document in in_parallel(partial(get_json, destination), keys):
+        (commits.abandoned if "abandoned" in document else commits.committed).add(document["shard_id"])
+    return commits
+
+
+def abandon(destination: Store, shard_id: str) -> bool:
+    """Bars a shard from being committed, by taking its manifest's place; returns False if it is committed already.
+
+    Its assets may then be planned into another shard: no other run can still commit them here.
+    """
+    document = {"writer_id": uuid.uuid4().hex, "shard_id": shard_id, "abandoned": True}
+    _, stored = put_json_new(destination, manifest_key(shard_id), document)
+    return bool("abandoned" in stored)
 
 
 def read_manifests(destination: Store, shard_ids: Sequence[str]) -> list[Manifest]:
@@ -89,12 +111,12 @@ def publish_success(destination: Store, manifests: Sequence[Manifest], about: di
     Args:
         destination: Where results are.
         manifests: Every committed shard that this run knows.
-        about: Further fields (run, report); they alone are no reason to write.
+        about: Further fields. Of these, only a change of ``superseded`` is a reason to write.
     """
     entries = dict(in_parallel(partial(_entry, destination), manifests))
     document = {**about, "manifests": entries, **_totals(entries), "writer_id": uuid.uuid4().hex}
     ours, stored = put_json_new(destination, SUCCESS_KEY, document)
-    while not ours and not entries.items() <= stored["manifests"].items():
+    while not (ours or says(stored, entries, about["superseded"])):
         etag = destination.info(SUCCESS_KEY).etag
         stored = get_json(destination, SUCCESS_KEY)
         merged = {**stored["manifests"], **entries}
@@ -105,6 +127,11 @@ def publish_success(destination: Store, manifests: Sequence[Manifest], about: di
             return
         except PreconditionFailed:
             continue  # another run published in between: merge with what it wrote
+
+
+def says(published: dict[str, Any], manifests: Iterable[str], superseded: dict[str, list[str]]) -> bool:
+    """Whether the published state lists these manifests, and this of what they supersede."""
+    return set(manifests) <= published["manifests"].keys() and published["superseded"] == superseded
 
 
 def _entry(destination: Store, manifest: Manifest) -> tuple[str, dict[str, Any]]:

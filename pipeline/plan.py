@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
@@ -11,8 +12,9 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.config import ArchiveSettings
-from pipeline.errors import BindingConflict, UserError
+from pipeline.errors import BindingConflict, NotFound, UserError
 from pipeline.ids import canonical_json, differing_fields, fingerprint, sha256_hex, unit_id
+from pipeline.manifest import abandon, read_commits
 from pipeline.schema import output_columns
 from pipeline.shard_index import (
     ShardIndex,
@@ -68,7 +70,9 @@ class Plan:
     ignored: list[str] = field(default_factory=list)
     # Committed shards some of whose source objects have been replaced since, with those objects' keys.
     superseded: dict[str, list[str]] = field(default_factory=dict)
-    # Indexes of the shards that are not published yet (dry run), by shard id.
+    # Shards of earlier plans that this one replaces, by id.
+    dropped: list[str] = field(default_factory=list)
+    # Indexes of the shards that no earlier plan lists, by shard id.
     indexes: dict[str, ShardIndex] = field(default_factory=dict)
 
     @property
@@ -77,16 +81,24 @@ class Plan:
         return sum(shard.rows for shard in self.shards)
 
 
-def bind(destination: Store, fields: dict[str, Any]) -> str:
-    """Binds the destination to one configuration and returns its fingerprint. Idempotent.
+def bind(destination: Store, fields: dict[str, Any]) -> None:
+    """Binds the destination to one configuration. Idempotent.
 
     Raises:
         BindingConflict: The destination holds results of another configuration; the message names what differs.
     """
-    config_fp = fingerprint(fields)
-    document = {"writer_id": uuid.uuid4().hex, "config_fingerprint": config_fp, "fields": fields}
-    _, stored = put_json_new(destination, BINDING_KEY, document)
-    if stored["config_fingerprint"] != config_fp:
+    document = {"writer_id": uuid.uuid4().hex, "config_fingerprint": fingerprint(fields), "fields": fields}
+    _compare(destination, fields, put_json_new(destination, BINDING_KEY, document)[1])
+
+
+def check_binding(destination: Store, fields: dict[str, Any]) -> None:
+    """``bind`` without writing: raises BindingConflict if the destination is bound to another configuration."""
+    with suppress(NotFound):
+        _compare(destination, fields, get_json(destination, BINDING_KEY))
+
+
+def _compare(destination: Store, fields: dict[str, Any], stored: dict[str, Any]) -> None:
+    if stored["config_fingerprint"] != fingerprint(fields):
         lines = differing_fields(fields, stored["fields"])
         if any(line.startswith("method.name:") for line in lines):  # another method has other fields: no news
             lines = [line for line in lines if not line.startswith("method.config.")]
@@ -95,7 +107,6 @@ def bind(destination: Store, fields: dict[str, Any]) -> str:
             f"{destination.url} holds results of another configuration ({differences}). "
             "Use the old settings, or another destination."
         )
-    return config_fp
 
 
 def make_plan(
@@ -105,12 +116,11 @@ def make_plan(
     config_fp: str,
     *,
     only: str,
-    committed: set[str],
-    publish: bool,
 ) -> Plan:
-    """Plans the source as it is now; with ``publish``, writes what is new to the destination.
+    """Plans the source as it is now. Writes nothing.
 
     Shards of earlier plans stay as they are. Objects that no earlier plan covers, new or changed, become new shards.
+    A shard that is not committed and can no longer be read as planned is left out; what remains of it is planned anew.
 
     Args:
         source: The archive.
@@ -118,24 +128,12 @@ def make_plan(
         settings: How to read the archive.
         config_fp: Configuration fingerprint of the destination.
         only: The one object or folder of the source that is the archive; "" for all of it.
-        committed: Ids of shards that have a manifest; they stay even when their source changed.
-        publish: False for a dry run, which writes nothing.
 
     Raises:
         UserError: The source holds nothing that can be protected.
     """
-    while True:
-        plan = _plan(source, destination, settings, config_fp, only=only, committed=committed)
-        if not publish or not plan.indexes or _publish(destination, plan):
-            return plan
-        # Another planner took the number, perhaps with another listing: plan again on top of what it published.
-
-
-def _plan(
-    source: Store, destination: Store, settings: ArchiveSettings, config_fp: str, *, only: str, committed: set[str]
-) -> Plan:
     listing, ignored = _list_archive(source, only)
-    earlier = _earlier_shards(destination, listing, committed)
+    earlier = _earlier_shards(destination, listing)
     fresh = [item for item in listing if (item.key, item.etag) not in earlier.covered]
     number = earlier.next_number
     columns = earlier.columns
@@ -160,8 +158,19 @@ def _plan(
         unreadable=unreadable,
         ignored=ignored,
         superseded=earlier.superseded,
+        dropped=earlier.dropped,
         indexes=new,
     )
+
+
+def publish_plan(destination: Store, plan: Plan) -> bool:
+    """Makes a plan the one that runs follow; returns False if the destination has moved on: plan again then.
+
+    Shards that were left out are abandoned first, so that no other run can commit their assets a second time.
+    """
+    if not all(in_parallel(partial(abandon, destination), plan.dropped)):
+        return False
+    return not plan.indexes or _publish(destination, plan)
 
 
 def _list_archive(source: Store, only: str) -> tuple[list[ObjectInfo], list[str]]:
@@ -185,12 +194,14 @@ class _Earlier:
     # Key and etag of every object that a kept shard covers.
     covered: set[tuple[str, str]] = field(default_factory=set)
     superseded: dict[str, list[str]] = field(default_factory=dict)
+    dropped: list[str] = field(default_factory=list)
     columns: dict[str, str] = field(default_factory=dict)
     next_number: int = 0
 
 
-def _earlier_shards(destination: Store, listing: Sequence[ObjectInfo], committed: set[str]) -> _Earlier:
+def _earlier_shards(destination: Store, listing: Sequence[ObjectInfo]) -> _Earlier:
     now = {item.key: item.etag for item in listing}
+    committed, abandoned = read_commits(destination)
     earlier = _Earlier()
     shards: list[Shard] = []
     for item in destination.list("plans/plan-"):
@@ -198,12 +209,14 @@ def _earlier_shards(destination: Store, listing: Sequence[ObjectInfo], committed
         earlier.columns[document["plan_id"]] = document["columns"]
         shards += [Shard(**entry) for entry in document["shards"]]
     earlier.next_number = 1 + max((shard.number for shard in shards), default=-1)
+    shards = [shard for shard in shards if shard.shard_id not in abandoned]
     # Committed ones first, then the newest: a source that changed and changed back is in several plans.
     shards.sort(key=lambda shard: (shard.shard_id not in committed, -shard.number))
     for shard, sources in zip(shards, in_parallel(partial(_sources, destination), shards), strict=True):
         stale = [key for key, etag in sources if now.get(key) != etag]
         if shard.shard_id not in committed and (stale or not earlier.covered.isdisjoint(sources)):
-            continue  # can no longer be read as planned, or another plan has it; what is left is planned anew
+            earlier.dropped.append(shard.shard_id)
+            continue
         earlier.kept.append(shard)
         earlier.covered.update(sources)
         replaced = [key for key in stale if key in now]
@@ -220,26 +233,27 @@ def _sources(destination: Store, shard: Shard) -> list[tuple[str, str]]:
 
 
 def _index_all(
-    source: Store, fresh: Iterable[ObjectInfo], settings: ArchiveSettings
+    source: Store, fresh: Sequence[ObjectInfo], settings: ArchiveSettings
 ) -> tuple[list[ShardIndex], list[tuple[str, str]]]:
     indexes: list[ShardIndex] = []
     unreadable: list[tuple[str, str]] = []
-    files: list[ObjectInfo] = []
     readers: dict[str, Callable[[Store, ObjectInfo, ArchiveSettings], ShardIndex]] = {
         "parquet": index_parquet,
         "tar": index_tar,
     }
-    for item in fresh:
-        kind = kind_of(item.key)
-        if kind == "files":
-            files.append(item)
-            continue
+
+    def read(item: ObjectInfo) -> ShardIndex | UnreadableShard:
         try:
-            index = readers[str(kind)](source, item, settings)
+            return readers[str(kind_of(item.key))](source, item, settings)
         except UnreadableShard as error:
-            unreadable.append((item.key, str(error)))
-            continue
-        if index.rows:
+            return error
+
+    files = [item for item in fresh if kind_of(item.key) == "files"]
+    whole = [item for item in fresh if kind_of(item.key) != "files"]
+    for item, index in zip(whole, in_parallel(read, whole), strict=True):
+        if isinstance(index, UnreadableShard):
+            unreadable.append((item.key, str(index)))
+        elif index.rows:
             indexes.append(index)
     for start in range(0, len(files), settings.files_per_shard):
         chunk = files[start : start + settings.files_per_shard]

@@ -9,9 +9,9 @@ from datetime import UTC, datetime
 
 from pipeline.config import JobConfig, RunSettings
 from pipeline.errors import FatalWorkerError, StorageError, UserError
-from pipeline.job import Job, archive_store, code_version, destination_store, protector_settings, resolve
-from pipeline.manifest import Manifest, committed_shards, publish_success
-from pipeline.plan import Plan, Shard, bind, load_index, make_plan, unit_ids
+from pipeline.job import Job, archive_store, code_version, destination_store, find_model, resolve
+from pipeline.manifest import Manifest, publish_success
+from pipeline.plan import Plan, Shard, bind, check_binding, load_index, make_plan, publish_plan, unit_ids
 from pipeline.storage import Store, check_conditional_writes, same_or_nested
 from pipeline.units import RowRange, group_units
 from pipeline.worker import Receipt
@@ -73,19 +73,21 @@ def preflight(config: JobConfig) -> None:
     """Finds in about a second what would stop the job at once. Writes nothing.
 
     Raises:
-        UserError: Overlap, unknown method or preset, a value that cannot work, or nothing to protect.
+        UserError: Overlap, unknown method, preset or model, a value that cannot work, or nothing to protect.
     """
+    (source, key), destination = archive_store(config), destination_store(config)
     if same_or_nested(config.source, config.destination):
         raise UserError(
-            f"source {config.source} and destination {config.destination} overlap: originals could be overwritten. "
+            f"source {source.url} and destination {destination.url} overlap: originals could be overwritten. "
             "Choose a destination outside the source."
         )
-    protector_settings(config)
-    source, key = archive_store(config)
+    find_model(config)
     try:
         if next(source.list(key), None) is None:
-            raise UserError(f"{config.source} is empty or does not exist: there is nothing to protect")
-        next(destination_store(config).list("plans/"), None)  # a missing bucket or a wrong key shows here
+            raise UserError(
+                f"{source.url}{'/' + key if key else ''} is empty or does not exist: there is nothing to protect"
+            )
+        next(destination.list("plans/"), None)  # a missing bucket or a wrong key shows here
     except StorageError as error:  # before anything has begun, what cannot be reached was named wrongly
         raise UserError(str(error)) from error
 
@@ -99,19 +101,17 @@ def prepare(config: JobConfig, *, dry_run: bool = False) -> tuple[Job, Plan]:
     preflight(config)
     job = resolve(config)
     source, destination = job.source(), job.destination()
+    check_binding(destination, job.fields)
     if not dry_run:
         check_conditional_writes(destination)
-        bind(destination, job.fields)
-    plan = make_plan(
-        source,
-        destination,
-        config.job.archive,
-        job.config_fp,
-        only=job.source_key,
-        committed=committed_shards(destination),
-        publish=not dry_run,
-    )
-    return job, plan
+    while True:
+        plan = make_plan(source, destination, config.job.archive, job.config_fp, only=job.source_key)
+        if dry_run:
+            return job, plan
+        bind(destination, job.fields)  # only now: a job that cannot be planned must bind nothing
+        if publish_plan(destination, plan):
+            plan.indexes.clear()  # they are in the store now, and may be large
+            return job, plan
 
 
 def open_units(destination: Store, shard: Shard, config_fp: str) -> list[list[tuple[str, RowRange]]]:

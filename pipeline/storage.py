@@ -253,7 +253,7 @@ def _json_object(data: bytes, where: str) -> dict[str, Any]:
 
 def join_url(base: str, *keys: str) -> str:
     """A URL below another: exactly one slash between the pieces."""
-    return "/".join([base.rstrip("/"), *(key.strip("/") for key in keys)])
+    return "/".join([base.rstrip("/"), *(key.strip("/") for key in keys if key)])
 
 
 def public_url(url: str) -> str:

@@ -6,6 +6,7 @@ import http.client
 import os
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -13,7 +14,7 @@ import time
 import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -128,9 +129,15 @@ def prefect_server() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def prefect_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where commands in processes of their own keep Prefect's database, so that it is built once."""
-    return tmp_path_factory.mktemp("prefect")
+def prefect_home(prefect_server: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where commands in processes of their own keep Prefect's database: a copy, since it takes long to build."""
+    from prefect.settings import PREFECT_SERVER_DATABASE_CONNECTION_URL as URL
+
+    home = tmp_path_factory.mktemp("prefect")
+    built = str(URL.value()).partition("///")[2]
+    with closing(sqlite3.connect(built)) as source, closing(sqlite3.connect(home / "prefect.db")) as copy:
+        source.backup(copy)
+    return home
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,7 @@ def test_sigterm_ends_a_run_and_the_next_one_goes_on(prefect_home: Path, tmp_pat
     print(f"ended {took:.1f} s after SIGTERM; Prefect says {_last_state(prefect_home)}")
     assert result.code == 143, result
     assert took < 30
-    assert result.err.strip() == "fixative: terminated; run the same command to go on", result
+    assert result.err.strip() == "fixative: interrupted; run the same command to go on", result
     assert _last_state(prefect_home) in ("Cancelled", "Crashed")
     assert not any(destination.list("manifests/"))
 

@@ -122,7 +122,7 @@ def test_hub_id_while_offline_fails_within_seconds(source: Path, prefect_home: P
     begin = time.monotonic()
     with running(*arguments, home=prefect_home, environment=environment) as command:
         result = command.wait(90)
-    assert time.monotonic() - begin < 60
+    assert time.monotonic() - begin < 30
     assert result.code == 2, result
     assert "'some-owner/some-model' is neither a folder nor a model in the local cache" in result.error
     assert not (tmp_path / "destination").exists()
@@ -191,7 +191,7 @@ def test_missing_bucket_and_unreachable_endpoint(source: Path, s3_server: S3Serv
     endpoint = f"http://127.0.0.1:{free_port()}"
     begin = time.monotonic()
     result = fixative(*protect, endpoint)
-    assert time.monotonic() - begin < 60
+    assert time.monotonic() - begin < 30
     assert result.code == 2, result
     assert f"cannot reach {endpoint}" in result.error
     assert "--s3-endpoint" in result.error

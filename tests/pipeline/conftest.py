@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True, scope="module")
 def no_fsync() -> Iterator[None]:
     """Nobody cuts the power here, and waiting for the disk was two thirds of the time."""
     with pytest.MonkeyPatch.context() as patch:

@@ -95,6 +95,14 @@ def test_kills_by_the_operator_count_to_a_larger_limit(store: LocalStore) -> Non
     assert work(found, {ROWS[2]})
 
 
+def test_another_runs_deaths_blame_nobody_at_first(store: LocalStore) -> None:
+    for _ in range(3):
+        work(attempt(store, run="killed"), {ROWS[1]})
+    assert attempt(store, run="killed").blamed == {ROWS[1]}
+    found = attempt(store, run="next")
+    assert (found.number, found.isolate, found.blamed) == (0, False, set())
+
+
 def test_too_many_deaths_stop_the_run(store: LocalStore) -> None:
     for number in range(3):
         attempt(store, unit=f"u{number}", max_deaths=2)

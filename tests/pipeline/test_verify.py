@@ -74,12 +74,12 @@ def test_purifiers_take_fine_noise_away(name: str) -> None:
 
 
 def test_survival_by_hand() -> None:
-    images = [{"none": [1.0, 3.0], "jpeg": [1.5, 2.5]}, {"none": [0.0, 2.0], "jpeg": [0.5, 0.0]}]
+    images = [{"none": [1.0, 3.0], "jpeg": [1.5, 2.5]}, {"none": [0.0, 6.0], "jpeg": [0.5, 0.0]}]
     found = {item.purifier: item for item in survival(images)}
     assert (found["none"].share, found["none"].low, found["none"].high, found["none"].images) == (1.0, 1.0, 1.0, 2)
-    assert found["jpeg"].share == pytest.approx((1.0 - 0.5) / 4)
-    # Resamples are (1, 1), (1, 2), (2, 1), (2, 2): shares 0.5, 0.125 and -0.25.
-    assert (found["jpeg"].low, found["jpeg"].high) == (-0.25, 0.5)
+    assert found["jpeg"].share == pytest.approx((1.0 - 0.5) / 8)
+    # Resamples are (1, 1), (1, 2), (2, 1), (2, 2): shares 0.5, 1/16 and -1/12.
+    assert (found["jpeg"].low, found["jpeg"].high) == pytest.approx((-1 / 12, 0.5))
     assert survival(images) == survival(images)
 
 
