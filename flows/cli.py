@@ -68,6 +68,10 @@ def protect(
     id_column: Annotated[
         str | None, _option("--id-column", panel=ARCHIVE, help="Parquet column with asset ids. [default: asset_id]")
     ] = None,
+    other_images: Annotated[
+        str | None,
+        _option("--other-images", panel=ARCHIVE, help="Other pictures of a row: refuse, drop, keep. [default: refuse]"),
+    ] = None,
     method: Annotated[
         str | None, _option("--method", panel=METHOD, help="See `fixative methods`. [default: photoguard]")
     ] = None,
@@ -130,6 +134,7 @@ def protect(
         "destination": destination,
         "job.archive.image_column": image_column,
         "job.archive.id_column": id_column,
+        "job.archive.other_images": other_images,
         "job.method.name": method,
         "job.method.preset": preset,
         "job.method.eps": eps,

@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 import tarfile
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from sklearn.datasets import load_sample_image
 
 from pipeline.config import JobConfig
 from pipeline.decode import decode, model_view
-from pipeline.errors import NotFound
+from pipeline.errors import NotFound, UserError
 from pipeline.job import Job, destination_store, resolve
 from pipeline.manifest import rows_of, success_manifests
 from pipeline.plan import BINDING_KEY
@@ -37,16 +38,24 @@ def build_archive(folder: Path) -> Path:
 
     Among its 29 assets are a truncated JPEG, a CMYK JPEG, an RGBA PNG, and a 16-bit image.
     """
-    done = folder.with_name(f".{folder.name}-complete")
-    if done.exists():
+    done = _mark(folder)
+    if done.exists() and folder.exists():
         return folder
-    folder.mkdir(parents=True, exist_ok=True)
+    if folder.exists():
+        raise UserError(f"{folder} is no archive of the demo; choose another --out")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    building = Path(tempfile.mkdtemp(prefix=".building-", dir=folder.parent))
     photos = _photographs()
-    _write_files(folder / "photos", photos)
-    _write_parquet(folder / "crops.parquet", photos)
-    _write_tar(folder / "studio.tar", photos)
+    _write_files(building / "photos", photos)
+    _write_parquet(building / "crops.parquet", photos)
+    _write_tar(building / "studio.tar", photos)
     done.touch()
-    return folder
+    return building.rename(folder)
+
+
+def _mark(archive: Path) -> Path:
+    """Lies beside an archive that the demo has built to the end."""
+    return archive.with_name(f".{archive.name}-complete")
 
 
 def _photographs() -> dict[str, Pixels]:
@@ -136,6 +145,8 @@ def discard_other_demo(config: JobConfig) -> bool:
         return False
     if binding["config_fingerprint"] == resolve(config).config_fp:
         return False
+    if not _mark(Path(config.source)).exists():
+        raise UserError(f"{config.destination} holds results that are not the demo's; choose another --out")
     shutil.rmtree(config.destination)
     return True
 

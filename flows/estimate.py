@@ -1,4 +1,4 @@
-"""What a job will cost, measured on one of its own images for a few optimizer steps."""
+"""What a job will cost, measured on some of its own images for a few optimizer steps."""
 
 from __future__ import annotations
 
@@ -7,13 +7,19 @@ import time
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
+from pipeline.errors import AssetError
 from pipeline.job import Job
 from pipeline.manifest import read_commits
-from pipeline.plan import Plan
+from pipeline.plan import Plan, load_index
+from pipeline.readers import read_units
 from pipeline.run import open_units
+from pipeline.scale import tile_boxes
+from pipeline.worker import Optimizer, optimizer_view
 
-TRIAL_STEPS = 3
+TRIAL_STEPS = (1, 4)  # two lengths tell the cost of a step from what comes once per image
+TRIAL_IMAGES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,21 +31,23 @@ class Estimate:
 
 
 def estimate(job: Job, plan: Plan) -> Estimate:
-    """Times a few steps on one image of training size and multiplies.
+    """Times a few steps on the first images of the plan and multiplies.
 
-    Decoding, encoding and the check are left out: they run beside the optimizer and take a few percent.
+    Decoding, encoding and the check are left out: they run beside the optimizer.
     """
     open_assets = _open_assets(job, plan)
-    steps = job.protector_config.get("steps")
-    if steps is None or not open_assets:
-        return Estimate(
-            open_assets, "no estimate: " + ("nothing is left to do" if steps else "the method has no steps")
-        )
-    seconds, device = _seconds_per_step(job)
-    total = seconds * steps * open_assets
+    steps = int(job.protector_config.get("steps", 0))
+    views = _first_views(job, plan) if open_assets and steps else []
+    if not views:
+        why = "nothing is left to do" if not open_assets else "no image of the first unit can be read"
+        return Estimate(open_assets, f"no estimate: {why if steps else 'the method has no steps'}")
+    once, per_step, device = _tile_seconds(job, views[0])
+    tiles = float(np.mean([len(tile_boxes(view.shape[0], view.shape[1], job.base_size)) for view in views]))
+    seconds = tiles * (once + per_step * steps)
     text = (
-        f"estimate: {seconds * steps:.2f} s per image on one {device} actor of this machine ({steps} steps, measured "
-        f"over {TRIAL_STEPS}), {total / 3600:.2f} actor-hours in all; divide by the number of actors"
+        f"estimate: {seconds:.2f} s per image on one {device} actor of this machine, one image at a time, and "
+        f"{seconds * open_assets / 3600:.2f} actor-hours in all ({steps} steps on {tiles:.0f} tiles, "
+        f"from {TRIAL_STEPS} steps on one)"
     )
     return Estimate(open_assets, text)
 
@@ -57,21 +65,37 @@ def _open_assets(job: Job, plan: Plan) -> int:
     return count
 
 
-def _seconds_per_step(job: Job) -> tuple[float, str]:
+def _first_views(job: Job, plan: Plan) -> list[npt.NDArray[np.uint8]]:
+    """The first readable images of the plan, as the optimizer sees them."""
+    shard = plan.shards[0]
+    index = plan.indexes.get(shard.shard_id) or load_index(job.destination(), shard)
+    (rows,) = read_units(job.source(), index, index.units[:1])
+    views: list[npt.NDArray[np.uint8]] = []
+    for asset in rows.assets[:TRIAL_IMAGES]:
+        try:
+            views.append(optimizer_view(job, asset))
+        except AssetError:
+            continue  # the run will quarantine it; here another image serves
+    return views
+
+
+def _tile_seconds(job: Job, view: npt.NDArray[np.uint8]) -> tuple[float, float, str]:
+    """Seconds per tile, seconds per tile and step, and the device they were measured on."""
     import torch
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()  # the weights load in a moment; a bar would tear the plan apart
-    from pipeline.worker import Optimizer
-
     run = job.config.run
     device = run.device if run.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
-    trial = dataclasses.replace(job, protector_config={**job.protector_config, "steps": TRIAL_STEPS})
-    protector = Optimizer(trial, device).protector
-    images = torch.from_numpy(np.random.default_rng(0).random((1, 3, job.base_size, job.base_size), np.float32))
-    times: list[float] = []
-    for _ in range(2):  # the first call also warms caches
+    box = tile_boxes(view.shape[0], view.shape[1], job.base_size)[0]
+    tile = torch.from_numpy(view[: box.height, : box.width].copy()).permute(2, 0, 1)[None].float() / 255
+    times: dict[int, float] = {}
+    for steps in (TRIAL_STEPS[0], *TRIAL_STEPS):  # the first call warms caches
+        trial = dataclasses.replace(job, protector_config={**job.protector_config, "steps": steps})
+        protector = Optimizer(trial, device).protector
         started = time.monotonic()
-        protector.protect(images, seeds=[0])
-        times.append(time.monotonic() - started)
-    return times[-1] / TRIAL_STEPS, device
+        protector.protect(tile, seeds=[0])
+        times[steps] = time.monotonic() - started
+    short, long = TRIAL_STEPS
+    per_step = max(0.0, (times[long] - times[short]) / (long - short))
+    return max(0.0, times[short] - short * per_step), per_step, device

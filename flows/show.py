@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from pipeline.storage import join_url
@@ -26,7 +27,7 @@ def plan(console: Console, job: Job, found: Plan, cost: Estimate) -> None:
         table.add_column(name, justify="right" if name in ("assets", "units", "MB") else "left")
     for shard in found.shards[:50]:
         size = f"{shard.size / 1e6:.1f}"
-        table.add_row(shard.shard_id, shard.kind, shard.key, str(shard.rows), str(shard.units), size)
+        table.add_row(shard.shard_id, shard.kind, escape(shard.key), str(shard.rows), str(shard.units), size)
     console.print(table)
     if len(found.shards) > 50:
         console.print(f"... and {len(found.shards) - 50} more shards")
@@ -42,7 +43,7 @@ def plan(console: Console, job: Job, found: Plan, cost: Estimate) -> None:
 def _left_out(console: Console, found: Plan) -> None:
     if found.ignored:
         names = ", ".join(found.ignored[:3])
-        console.print(f"ignored, because they are no images, Parquet files or tars: {len(found.ignored)} ({names})")
+        console.print(f"ignored, no images, Parquet files or tars: {len(found.ignored)} ({escape(names)})")
     for _, reason in found.unreadable:
         console.print(f"cannot be read: {reason}", style="red", highlight=False, soft_wrap=True, markup=False)
 
@@ -57,7 +58,7 @@ def outcome(console: Console, result: Outcome) -> None:
         for name in rows[0]:
             table.add_column(name, justify="left" if name in ("shard", "source") else "right")
         for row in rows:
-            table.add_row(*("-" if value is None else str(value) for value in row.values()))
+            table.add_row(*("-" if value is None else escape(str(value)) for value in row.values()))
         console.print(table)
     for item in result.survival:
         if item.purifier != "none" and item.share is not None:
@@ -110,9 +111,10 @@ def inspection(console: Console, results: list[dict[str, Any]]) -> None:
         table = Table(show_header=False)
         for name, value in row.items():
             if value is not None:
-                table.add_row(name, str(value))
+                table.add_row(name, escape(str(value)))
         console.print(table)
-    console.print("every hash was computed again from the stored bytes and agrees", style="green")
+    if any(row.get("status") != "quarantined" for row in results):
+        console.print("every hash was computed again from the stored bytes and agrees", style="green")
 
 
 def methods(console: Console) -> None:

@@ -31,6 +31,8 @@ class Asset:
     objective_after: float | None = None
     failure: ErrorInfo | None = None
     attempt: int = 0
+    # Name of the device that protected it.
+    device: str | None = None
 
 
 @dataclass(slots=True, kw_only=True)

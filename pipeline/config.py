@@ -14,6 +14,7 @@ MAX_EPS_LEVELS = 64
 
 Resolution = Literal["training-scale", "native"]
 OutputFormat = Literal["png", "webp", "jpeg"]
+OtherImages = Literal["refuse", "drop", "keep"]
 Precision = Literal["float32", "bfloat16"]
 
 
@@ -28,6 +29,9 @@ class ArchiveSettings(_Settings):
     image_column: str | None = None
     # Parquet column with asset ids. Default: `asset_id` where there is one, else shard name and row number.
     id_column: str | None = None
+    # Further columns or tar files that hold pictures would go out unprotected: refuse the shard (for plain binary
+    # values: quarantine the row), drop them, or keep them (masks, say).
+    other_images: OtherImages = "refuse"
     # Images in a folder or prefix are grouped into virtual shards of this many files.
     files_per_shard: Annotated[int, Field(ge=1, le=100_000)] = 512
     # Most images in one unit of work: what a crash can cost at most, and one part object in the store.
@@ -81,11 +85,11 @@ class LimitSettings(_Settings):
     # Pixels per image; larger ones are quarantined before they are decoded (decompression bombs).
     max_pixels: Annotated[int, Field(ge=1)] = 200_000_000
     # Shortest side in pixels that can be protected.
-    min_side: Annotated[int, Field(ge=1)] = 16
+    min_side: Annotated[int, Field(ge=7)] = 16
 
 
 class JobSettings(_Settings):
-    """Everything that decides the results of a job. Two jobs with equal settings and weights write equal pixels."""
+    """Everything that decides the results of a job: with equal weights, device and library versions, equal pixels."""
 
     archive: ArchiveSettings = ArchiveSettings()
     method: MethodSettings = MethodSettings()
@@ -105,7 +109,7 @@ class S3Settings(_Settings):
 
 
 class RunSettings(_Settings):
-    """How a job runs. Nothing here changes a stored pixel on one class of device."""
+    """How a job runs. On the CPU only ``threads`` and ``batch_size`` can change how a float is rounded."""
 
     # Number of optimizer actors. None: one per GPU of the cluster, or one per CPU core.
     actors: Annotated[int | None, Field(ge=1)] = None

@@ -73,6 +73,10 @@ class ProtectError(AssetError):
     stage: Stage = "protect"
 
 
+class CrashLoop(AssetError):
+    """The image killed the worker that handled it, again and again."""
+
+
 class EncodeError(AssetError):
     """The protected pixels could not be written in the output format."""
 

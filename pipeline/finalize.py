@@ -26,7 +26,7 @@ from pipeline.plan import Shard, load_index, unit_ids
 from pipeline.schema import CHECK_TYPE, QUARANTINED, SCHEMA_VERSION, data_schema, output_name
 from pipeline.storage import Store, put_json_new
 from pipeline.units import RowRange
-from pipeline.verify.check import sampled_rows, stored_checks
+from pipeline.verify.check import StoredCheck, sampled_rows, stored_checks
 from pipeline.verify.statistics import survival
 
 ROW_GROUP_BYTES = 64_000_000  # readers hold one row group in memory
@@ -51,7 +51,8 @@ def finalize_shard(job: Job, shard: Shard, customer: pa.Schema) -> Manifest:
     wanted = {row for rows in sampled_rows(job, shard).values() for row in rows}
     if wanted != set(checks):
         raise IntegrityError(
-            f"{shard.shard_id}: checks of rows {sorted(wanted ^ set(checks))[:5]} are missing or unknown"
+            f"{shard.shard_id}: checks of rows {sorted(wanted ^ set(checks))[:5]} are missing or unknown; "
+            f"delete {destination.url}/checks/{shard.shard_id}/ and run again"
         )
     with tempfile.TemporaryDirectory(prefix="fixative-") as folder:
         merged = _Merge(job, shard, customer, checks, Path(folder))
@@ -90,7 +91,7 @@ def finalize_shard(job: Job, shard: Shard, customer: pa.Schema) -> Manifest:
         rung=RUNG,
         verify={
             "sampled": len(checks),
-            "survival": [asdict(item) for item in survival(list(checks.values()))],
+            "survival": [asdict(item) for item in survival([check.objective for check in checks.values()])],
         },
     )
     _, stored = put_json_new(destination, manifest.key, asdict(manifest))
@@ -122,7 +123,7 @@ class _Merge:
     """Streams parts into a data file and a quarantine file, holding one row group at a time."""
 
     def __init__(
-        self, job: Job, shard: Shard, customer: pa.Schema, checks: dict[int, dict[str, list[float]]], folder: Path
+        self, job: Job, shard: Shard, customer: pa.Schema, checks: dict[int, StoredCheck], folder: Path
     ) -> None:
         self.data_path, self.quarantine_path = folder / "data.parquet", folder / "quarantine.parquet"
         self.shard, self.customer, self.checks = shard, customer, checks
@@ -172,10 +173,11 @@ class _Merge:
 
     def _output(self, part: pa.Table) -> pa.Table:
         checks = [self.checks.get(row) for row in part.column("row").to_pylist()]
+        hashes = part.column("protected_sha256").to_pylist()
         columns: dict[str, Any] = {
             "sampled": pa.array([check is not None for check in checks], pa.bool_()),
             "verified": pa.array([None if check is None else True for check in checks], pa.bool_()),
-            "check": pa.array([_check_rows(check) for check in checks], CHECK_TYPE),
+            "check": pa.array(list(map(_check_rows, checks, hashes)), CHECK_TYPE),
         }
         if "customer" in part.column_names:
             struct = part.column("customer").combine_chunks()
@@ -190,12 +192,14 @@ class _Merge:
         return pa.table(arrays, schema=self.schema)
 
 
-def _check_rows(check: dict[str, list[float]] | None) -> list[dict[str, Any]] | None:
+def _check_rows(check: StoredCheck | None, protected_sha256: str) -> list[dict[str, Any]] | None:
     if check is None:
         return None
+    if check.protected_sha256 != protected_sha256:
+        raise IntegrityError(f"{check.key} measured other bytes than its part holds now; delete it and run again")
     return [
         {"purifier": name, "objective_clean": clean, "objective_protected": protected}
-        for name, (clean, protected) in check.items()
+        for name, (clean, protected) in check.objective.items()
     ]
 
 

@@ -13,7 +13,15 @@ from pipeline.decode import DecodeLimits
 from pipeline.encode import pixel_sha256_of_bytes
 from pipeline.errors import IntegrityError, NotFound, UserError
 from pipeline.ids import sha256_hex
-from pipeline.manifest import Manifest, logical_hash, read_commits, read_manifest, rows_of, success_manifests
+from pipeline.manifest import (
+    Manifest,
+    logical_hash,
+    read_commits,
+    read_manifest,
+    read_success,
+    rows_of,
+    success_manifests,
+)
 from pipeline.plan import BINDING_KEY, Shard
 from pipeline.storage import Store, get_json
 
@@ -59,6 +67,8 @@ def read_status(destination: Store) -> Status:
     examples: list[dict[str, Any]] = []
     for item in destination.list("plans/plan-"):
         for shard in (Shard(**entry) for entry in get_json(destination, item.key)["shards"]):
+            if shard.shard_id in abandoned:
+                continue  # a later plan holds its assets
             manifest = read_manifest(destination, shard.shard_id) if shard.shard_id in committed else None
             parts = 0 if manifest else sum(1 for _ in destination.list(f"parts/{shard.shard_id}/"))
             shards.append(ShardStatus(shard=shard, manifest=manifest, parts=parts))
@@ -66,18 +76,10 @@ def read_status(destination: Store) -> Status:
                 rows = quarantined_rows(destination, manifest)
                 reasons.update(row["error_type"] for row in rows)
                 examples += rows[: max(0, EXAMPLES - len(examples))]
-    finished = all(entry.manifest is not None for entry in shards) and _exists(destination, "_SUCCESS.json")
+    finished = all(entry.manifest is not None for entry in shards) and read_success(destination) is not None
     return Status(
         url=destination.url, binding=binding, finished=finished, shards=shards, reasons=reasons, examples=examples
     )
-
-
-def _exists(destination: Store, key: str) -> bool:
-    try:
-        destination.info(key)
-    except NotFound:
-        return False
-    return True
 
 
 def quarantined_rows(destination: Store, manifest: Manifest) -> list[dict[str, Any]]:
@@ -98,11 +100,10 @@ def inspect_asset(destination: Store, asset_id: str) -> list[dict[str, Any]]:
     """
     found: list[dict[str, Any]] = []
     for manifest in success_manifests(destination):
-        for row in rows_of(destination, manifest):
-            if row["asset_id"] == asset_id:
-                _check_row(row)
-                image = row.pop("image")
-                found.append({"status": "protected", "shard_id": manifest.shard_id, "file": image["path"], **row})
+        for row in rows_of(destination, manifest, only=asset_id):
+            _check_row(row)
+            image = row.pop("image")
+            found.append({"status": "protected", "shard_id": manifest.shard_id, "file": image["path"], **row})
         found += [
             {"status": "quarantined", **row}
             for row in quarantined_rows(destination, manifest)

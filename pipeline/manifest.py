@@ -90,7 +90,7 @@ def abandon(destination: Store, shard_id: str) -> bool:
     """
     document = {"writer_id": uuid.uuid4().hex, "shard_id": shard_id, "abandoned": True}
     _, stored = put_json_new(destination, manifest_key(shard_id), document)
-    return bool("abandoned" in stored)
+    return "abandoned" in stored
 
 
 def read_manifests(destination: Store, shard_ids: Sequence[str]) -> list[Manifest]:
@@ -131,7 +131,7 @@ def publish_success(destination: Store, manifests: Sequence[Manifest], about: di
 
 def says(published: dict[str, Any], manifests: Iterable[str], superseded: dict[str, list[str]]) -> bool:
     """Whether the published state lists these manifests, and this of what they supersede."""
-    return set(manifests) <= published["manifests"].keys() and published["superseded"] == superseded
+    return set(manifests) <= set(published["manifests"]) and bool(published["superseded"] == superseded)
 
 
 def _entry(destination: Store, manifest: Manifest) -> tuple[str, dict[str, Any]]:
@@ -167,8 +167,17 @@ def success_manifests(destination: Store) -> Iterator[Manifest]:
         yield Manifest(**get_json(destination, key))
 
 
-def rows_of(destination: Store, manifest: Manifest, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
-    """The protected rows of a shard, one row group in memory at a time."""
+def rows_of(
+    destination: Store, manifest: Manifest, columns: Sequence[str] | None = None, *, only: str | None = None
+) -> Iterator[dict[str, Any]]:
+    """The protected rows of a shard, one row group in memory at a time.
+
+    Args:
+        destination: Where the shard is.
+        manifest: The shard's.
+        columns: None for all.
+        only: Rows of this asset alone; row groups without it are not read.
+    """
     if manifest.data is None:
         return
     with destination.open(manifest.data["key"]) as stream:
@@ -177,6 +186,15 @@ def rows_of(destination: Store, manifest: Manifest, columns: Sequence[str] | Non
             if parquet.metadata.num_rows != manifest.data["rows"]:
                 raise IntegrityError(f"{destination.url}/{manifest.data['key']} has not the rows its manifest names")
             for group in range(parquet.metadata.num_row_groups):
-                yield from parquet.read_row_group(group, columns=columns).to_pylist()
+                if only is not None and only not in _asset_ids(parquet, group):
+                    continue
+                for row in parquet.read_row_group(group, columns=columns).to_pylist():
+                    if only is None or row["asset_id"] == only:
+                        yield row
         except (pa.ArrowInvalid, OSError) as error:
             raise IntegrityError(f"{destination.url}/{manifest.data['key']} is damaged") from error
+
+
+def _asset_ids(parquet: pq.ParquetFile, group: int) -> list[str]:
+    ids: list[str] = parquet.read_row_group(group, columns=["asset_id"]).column(0).to_pylist()
+    return ids

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 from pipeline.assets import Asset, Unit
 from pipeline.decode import apply_delta, decode, upright
 from pipeline.encode import choose_format, encode, measure
-from pipeline.errors import AssetError, BudgetExceeded, ErrorInfo, IntegrityError, NotFound, ProtectError
+from pipeline.errors import AssetError, BudgetExceeded, CrashLoop, ErrorInfo, IntegrityError, NotFound, ProtectError
+from pipeline.fuse import Attempt
 from pipeline.ids import sha256_hex
 from pipeline.job import Job
 from pipeline.scale import enlarge_delta
@@ -34,22 +35,14 @@ SUFFIXES = {"png": ".png", "webp": ".webp", "jpeg": ".jpg"}
 RUNG = 0  # the first rung of the preset ladder
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
-    """The bytes of a part, and what is in it."""
-
-    data: bytes
-    protected: int
-    # Error types of the quarantined assets.
-    error_types: list[str]
-
-
-def build_part(job: Job, unit: Unit) -> Part:
-    """Encodes every healthy asset of a unit and lists the others with their reasons."""
+def build_part(job: Job, unit: Unit, attempt: Attempt) -> bytes:
+    """Encodes every healthy asset of a unit, lists the others with their reasons, and returns the part's bytes."""
     processed_at = datetime.now(UTC)
     rows: list[dict[str, Any]] = []
     for asset in unit.assets:
         row: dict[str, Any] = {}
+        if asset.failure is None and not attempt.enter(asset.row):
+            asset.failure = ErrorInfo("encode", CrashLoop.__name__, "the worker died twice on this image")
         if asset.failure is None:
             try:
                 row = _protected_row(job, asset)
@@ -59,8 +52,7 @@ def build_part(job: Job, unit: Unit) -> Part:
     table = pa.Table.from_pylist(rows, part_schema())
     if unit.customer.num_columns:
         table = table.append_column("customer", unit.customer.combine_chunks().to_struct_array())
-    failures = [asset.failure.error_type for asset in unit.assets if asset.failure is not None]
-    return Part(_parquet_bytes(table), len(unit.assets) - len(failures), failures)
+    return _parquet_bytes(table)
 
 
 def read_part(destination: Store, key: str, columns: list[str] | None = None) -> pa.Table:
@@ -103,7 +95,9 @@ def _common_row(job: Job, unit: Unit, asset: Asset) -> dict[str, Any]:
 
 
 def _protected_row(job: Job, asset: Asset) -> dict[str, Any]:
-    """The columns of a protected row, every number measured on the bytes that will be stored.
+    """The columns of a protected row. Budget, PSNR, SSIM and hashes are measured on the bytes that will be stored.
+
+    The objectives are the optimizer's, at its own scale; the sampled check measures them on stored bytes.
 
     Raises:
         BudgetExceeded: A lossless format does not hold the budget.
@@ -135,6 +129,8 @@ def _protected_row(job: Job, asset: Asset) -> dict[str, Any]:
         "model_digest": job.model_digest,
         "rung": RUNG,
         "seed": asset.seed,
+        "device": asset.device,
+        "torch_version": version("torch"),
         "steps_run": asset.steps,
         "eps_levels": job.eps_levels,
         "eps_linf_measured": measured.linf_levels,

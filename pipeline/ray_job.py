@@ -93,6 +93,7 @@ def _start(address: str | None, actors: int | None) -> None:
     options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if address is None:
         cores = os.cpu_count() or 1
+        address = "local"  # not a cluster that RAY_ADDRESS happens to name
         options |= {"num_cpus": max(cores, actors or cores) + SPARE_CPUS, "include_dashboard": True}
     try:
         with _quiet_stderr():
@@ -127,7 +128,7 @@ def _pool(job: Job) -> Pool:
     run, cluster_has = job.config.run, ray.cluster_resources()
     gpus, cpus = int(cluster_has.get("GPU", 0)), cluster_has.get("CPU", 0.0)
     device = run.device if run.device != "auto" else ("cuda" if gpus else "cpu")
-    actors = run.actors or (gpus if device == "cuda" else max(1, int(cpus - SPARE_CPUS)))
+    actors = run.actors or max(1, gpus if device == "cuda" else int(cpus - SPARE_CPUS))
     if device == "cuda" and actors > gpus:
         raise UserError(f"{actors} GPU actors were asked for and the cluster has {gpus} GPUs; lower --actors")
     if actors + SPARE_CPUS > cpus:
@@ -214,7 +215,7 @@ def _each(batch: Batch, work: Callable[[Any], Iterator[Any]]) -> Iterator[Batch]
             yield _boxed(result)
     except FatalWorkerError as error:
         yield _boxed(Fatal(str(error)))
-    except PipelineError as error:
+    except (PipelineError, OSError) as error:  # a full disk, say
         yield _boxed(Failed(_shard_id(item), f"{type(error).__name__}: {error}"))
 
 
@@ -257,5 +258,5 @@ def _results(stream: Dataset) -> Iterator[Any]:
                 raise FatalWorkerError(item.error)
             yield item
     except ray.exceptions.RayError as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise FatalWorkerError(f"Ray failed: {first}. What is done stays; run the same command to go on.") from error
+        last = (str(error).strip().splitlines() or [type(error).__name__])[-1]  # the cause stands last
+        raise FatalWorkerError(f"Ray failed: {last}. What is done stays; run the same command to go on.") from error

@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.assets import Asset
+from pipeline.config import OtherImages
 from pipeline.errors import ErrorInfo, FetchError, NotFound, SourceChanged
 from pipeline.ids import sha256_hex
 from pipeline.shard_index import ShardIndex, image_layout
@@ -19,6 +20,12 @@ from pipeline.units import RowRange
 
 PARQUET_BUFFER_BYTES = 1 << 20  # read a column chunk page by page, not whole
 NEAR_BYTES = 1 << 20  # members of a tar that lie closer than this come with one GET
+
+# JPEG, PNG, GIF, WebP and other RIFF, TIFF and raw files, BMP, JPEG XL, and the family of HEIC and AVIF.
+PICTURE_SIGNATURES = (
+    b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"RIFF", b"II*\0", b"MM\0*", b"BM", b"\xff\x0a", b"\0\0\0\x0cJXL ",
+    *(bytes([0, 0, 0, size]) + b"ftyp" for size in range(16, 64, 4)),
+)  # fmt: skip
 
 Place = tuple[int, int]
 """Offset and size within a tar."""
@@ -41,12 +48,36 @@ def read_units(store: Store, index: ShardIndex, units: Sequence[RowRange]) -> It
         SourceChanged: The source is no longer what the index lists.
         StorageError: The store failed after its retries.
     """
-    if index.kind == "parquet":
-        yield from _read_parquet(store, index, units)
+    if index.kind == "files":
+        yield from (_read_files(store, index, unit) for unit in units)
         return
-    read = _read_files if index.kind == "files" else _read_tar
-    for unit in units:
-        yield read(store, index, unit)
+    read = _read_parquet(store, index, units) if index.kind == "parquet" else _read_tars(store, index, units)
+    for rows in read:
+        yield rows if index.other_images == "keep" else _without_pictures(rows, index.other_images)
+
+
+def _read_tars(store: Store, index: ShardIndex, units: Sequence[RowRange]) -> Iterator[UnitRows]:
+    yield from (_read_tar(store, index, unit) for unit in units)
+
+
+def _without_pictures(rows: UnitRows, other_images: OtherImages) -> UnitRows:
+    """Sees to it that no picture goes out in a plain binary column: the value is dropped, or the row fails."""
+    customer = rows.customer
+    for position, name in enumerate(customer.column_names):
+        kind = customer.schema.field(name).type
+        if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
+            continue
+        values = customer.column(name).to_pylist()
+        pictures = [value is not None and value.startswith(PICTURE_SIGNATURES) for value in values]
+        if not any(pictures):
+            continue
+        for asset, picture in zip(rows.assets, pictures, strict=True):
+            if picture and other_images == "refuse" and asset.failure is None:
+                hint = "use --other-images drop or keep"
+                asset.failure = ErrorInfo.of(FetchError(f"column {name} holds a picture, unprotected; {hint}"), "fetch")
+        kept = [None if picture else value for value, picture in zip(values, pictures, strict=True)]
+        customer = customer.set_column(position, name, pa.array(kept, kind))
+    return UnitRows(rows.assets, customer)
 
 
 def _read_files(store: Store, index: ShardIndex, unit: RowRange) -> UnitRows:

@@ -64,8 +64,8 @@ class Tally:
         for name, count in self.errors.most_common(1):
             if count >= SAME_ERROR_ROWS and count > self.tolerated:
                 raise FatalWorkerError(
-                    f"stopped: {count} assets failed with {name}, which looks like one cause. See "
-                    "`fixative status` for examples; what is done stays, run the same command to go on."
+                    f"stopped: {count} assets failed with {name}, which looks like one cause (the last is "
+                    f"{receipt.example}). What is done stays; run the same command to go on."
                 )
 
 

@@ -44,11 +44,15 @@ PROTECTED = pa.schema(
         pa.field("model_digest", pa.string()),
         pa.field("rung", pa.int32()),
         pa.field("seed", pa.int64()),
+        # Where it was computed: equal pixels are promised for one kind of device and one version.
+        pa.field("device", pa.string()),
+        pa.field("torch_version", pa.string()),
         pa.field("steps_run", pa.int32()),
         pa.field("eps_levels", pa.float64()),
         pa.field("eps_linf_measured", pa.int32()),
         pa.field("psnr", pa.float64()),
         pa.field("ssim", pa.float64()),
+        # At the optimizer's scale; ``check`` has them on stored bytes.
         pa.field("objective_before", pa.float64()),
         pa.field("objective_after", pa.float64()),
         pa.field("metadata_dropped", pa.list_(pa.string())),

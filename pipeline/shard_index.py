@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import tarfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import PurePosixPath
 from typing import Any, Literal
@@ -13,7 +13,7 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.config import ArchiveSettings
+from pipeline.config import ArchiveSettings, OtherImages
 from pipeline.errors import UserError
 from pipeline.storage import ObjectInfo, Store
 from pipeline.units import RowRange, cut_units
@@ -21,6 +21,10 @@ from pipeline.units import RowRange, cut_units
 Kind = Literal["files", "parquet", "tar"]
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff"})
+# Pictures that are not protected; beside an image of a tar they would be copied as they are.
+OTHER_PICTURES = frozenset(
+    {".gif", ".bmp", ".jfif", ".jpe", ".avif", ".heic", ".heif", ".dng", ".jxl", ".jp2", ".psd", ".svg", ".ppm", ".tga"}
+)
 TEXT_SIDECARS = frozenset({"txt", "json", "cls", "caption", "text"})
 IMAGE_COLUMN_NAMES = (
     "image",
@@ -55,6 +59,8 @@ class ShardIndex:
     image_column: str = ""
     id_column: str = ""
     units: list[RowRange]
+    # What to do with pictures in the customer's binary columns.
+    other_images: OtherImages = "refuse"
     # Arrow schema of the customer's columns, IPC form, base64.
     columns: str
 
@@ -132,6 +138,9 @@ def index_parquet(store: Store, item: ObjectInfo, settings: ArchiveSettings) -> 
     ids = find_id_column(schema, settings.id_column, f"{store.url}/{item.key}")
     same = ids == "asset_id" and pa.types.is_string(schema.field(ids).type)  # our own column says it already
     kept = [column for column in schema if column.name != image and not (same and column.name == ids)]
+    pictures = [column.name for column in kept if _holds_pictures(column.type)]
+    left_out = _judge(pictures, settings.other_images, f"{store.url}/{item.key}")
+    kept = [column for column in kept if column.name not in left_out]
     customer = pa.schema(kept, metadata=schema.metadata)
     return ShardIndex(
         kind="parquet",
@@ -141,6 +150,7 @@ def index_parquet(store: Store, item: ObjectInfo, settings: ArchiveSettings) -> 
         row_groups=rows,
         image_column=image,
         id_column=ids,
+        other_images=settings.other_images,
         units=cut_units(sizes, settings, breaks=starts),
         columns=schema_to_text(customer),
     )
@@ -190,6 +200,27 @@ def image_layout(kind: pa.DataType) -> Literal["struct", "binary"] | None:
     return "binary" if _is_binary(kind) else None
 
 
+def _holds_pictures(kind: pa.DataType) -> bool:
+    """Whether a column's type is made for pictures: the HF struct, or lists of it."""
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return _holds_pictures(kind.value_type)
+    return image_layout(kind) == "struct"
+
+
+def _judge(pictures: Collection[str], other_images: OtherImages, where: str) -> set[str]:
+    """Which of the customer's picture columns to leave out.
+
+    Raises:
+        UnreadableShard: There are some, and nobody said what to do with them.
+    """
+    if pictures and other_images == "refuse":
+        raise UnreadableShard(
+            f"{where}: {', '.join(sorted(pictures))} hold further pictures, which would go out unprotected; "
+            "leave them out with --other-images drop, or pass them on with --other-images keep"
+        )
+    return set(pictures) if other_images == "drop" else set()
+
+
 def _is_binary(kind: pa.DataType) -> bool:
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
@@ -211,6 +242,8 @@ def index_tar(store: Store, item: ObjectInfo, settings: ArchiveSettings) -> Shar
         sidecars |= others.keys() if images else set()
     if not members:
         raise UnreadableShard(f"{where}: no image in this tar")
+    pictures = {name for name in sidecars if f".{name.rpartition('.')[2].lower()}" in OTHER_PICTURES}
+    sidecars -= _judge(pictures, settings.other_images, where)
     members.sort(key=lambda member: member[1][""][0])
     fields = [pa.field(name, pa.string() if name in TEXT_SIDECARS else pa.binary()) for name in sorted(sidecars)]
     return ShardIndex(
@@ -219,6 +252,7 @@ def index_tar(store: Store, item: ObjectInfo, settings: ArchiveSettings) -> Shar
         etag=item.etag,
         size=item.size,
         members=members,
+        other_images=settings.other_images,
         units=cut_units([member[1][""][1] for member in members], settings),
         columns=schema_to_text(pa.schema(fields)),
     )

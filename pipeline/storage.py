@@ -259,7 +259,7 @@ def join_url(base: str, *keys: str) -> str:
 def public_url(url: str) -> str:
     """The URL without what may be secret: user and password, and the query of web addresses."""
     bare = re.sub(r"(://)[^/@\s]*@", r"\1", url)
-    return bare.split("?")[0] if url_scheme(bare) in ("http", "https") else bare
+    return re.sub(r"(https?://[^?\s]*)\?[^:\s]*", r"\1", bare)
 
 
 def same_or_nested(a: str, b: str) -> bool:

@@ -61,7 +61,7 @@ class FsspecStore(LazyFilesystem):
         self.single_writer = single_writer
         self._url = url
         scheme = url_scheme(url).rstrip(":")
-        if re.search(r"://[^/@\s]*:[^/@\s]*@", url) or (scheme in ("http", "https") and "?" in url):
+        if re.search(r"://[^/@\s]*:[^/@\s]*@", url) or re.search(r"https?://[^\s]*\?", url):
             hint = "configure fsspec for it, or copy the archive to a folder"
             raise UserError(f"{self.url} was given with a password or a query in the URL: {hint}")
         try:

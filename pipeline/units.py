@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from pipeline.config import ArchiveSettings
 
+BUNDLE = 8
 RowRange = tuple[int, int]
 """First row and one past the last."""
 
@@ -42,8 +43,8 @@ def group_units(units: Sequence[RowRange], row_groups: Sequence[int]) -> list[li
         units: Units in row order, possibly with gaps (finished ones left out).
         row_groups: Rows of each row group; empty for archives that are read asset by asset.
     """
-    if not row_groups:
-        return [[unit] for unit in units]
+    if not row_groups:  # some together all the same: whoever reads them looks the shard's index up once
+        return [list(units[start : start + BUNDLE]) for start in range(0, len(units), BUNDLE)]
     groups: list[list[RowRange]] = []
     end, remaining, current = 0, iter(row_groups), -1
     for unit in units:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import time
+import platform
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -16,7 +16,7 @@ import torch
 
 from pipeline.assets import Asset, Unit
 from pipeline.decode import decode, model_view
-from pipeline.errors import AlreadyExists, AssetError, ErrorInfo, FatalWorkerError, ProtectError
+from pipeline.errors import AlreadyExists, AssetError, CrashLoop, ErrorInfo, FatalWorkerError, ProtectError
 from pipeline.fuse import begin
 from pipeline.ids import asset_seed
 from pipeline.job import NO_MODEL, Job, model_folder
@@ -32,6 +32,7 @@ from protectors.registry import protector_class
 TRAVELLING_BYTES = 256_000_000
 DEVICE_FAULT_EXIT = 17
 GPU_BATCH = 8
+MEMORY_ERRORS = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,8 +42,9 @@ class Receipt:
     shard_id: str
     unit_id: str
     protected: int = 0
-    # Error types of the quarantined assets.
+    # Error types of the quarantined assets, and one of their messages.
     quarantined: list[str] = field(default_factory=list)
+    example: str = ""
 
 
 def load_units(job: Job, shard: Shard, wanted: Sequence[str]) -> Iterator[Unit]:
@@ -52,8 +54,13 @@ def load_units(job: Job, shard: Shard, wanted: Sequence[str]) -> Iterator[Unit]:
     source = job.source()
     for name, rows in zip(wanted, read_units(source, index, [ranges[name] for name in wanted]), strict=True):
         unit = Unit(shard_id=shard.shard_id, unit_id=name, assets=rows.assets, customer=rows.customer)
+        # Ray repeats this stage for ever when an image kills it, so it has a fuse like the optimizer's.
+        attempt = begin(job.destination(), f"loads/{name}", job.run_id)
         travelling = 0
         for asset in unit.healthy:
+            if not attempt.enter(asset.row):
+                asset.failure = ErrorInfo("decode", CrashLoop.__name__, "the worker died twice on this image")
+                continue
             asset.seed = asset_seed(str(asset.source_sha256), job.config_fp)
             try:
                 view = optimizer_view(job, asset)
@@ -62,6 +69,7 @@ def load_units(job: Job, shard: Shard, wanted: Sequence[str]) -> Iterator[Unit]:
                 continue
             travelling += view.nbytes
             asset.view = view if travelling <= TRAVELLING_BYTES else None
+        attempt.finish()
         yield unit
 
 
@@ -95,27 +103,27 @@ class Optimizer:
         self.protector: ImageProtector[Any, Any] = chosen(chosen.config_type.from_dict(job.protector_config), model)
         self.batch_size = job.config.run.batch_size or (GPU_BATCH if device == "cuda" else 1)
         self.destination = job.destination()
-        self.images = 0
-        self.busy_s = 0.0
+        self.device = torch.cuda.get_device_name() if device == "cuda" else f"cpu {platform.machine()}"
+        self.out_of_memory = 0
 
     def protect(self, unit: Unit) -> Unit:
         """Fills in ``delta`` and facts of every healthy asset, or its failure. Marks the attempt first."""
         if not unit.healthy:
             return unit
-        attempt = begin(self.destination, unit.unit_id, self.job.run_id, max_deaths=self.job.config.run.max_deaths)
-        started = time.monotonic()
+        run = self.job.config.run
+        attempt = begin(self.destination, f"attempts/{unit.unit_id}", self.job.run_id, max_deaths=run.max_deaths)
         for asset in unit.healthy:
-            asset.attempt = attempt.number
-            if asset.row in attempt.blamed:
-                asset.failure = ErrorInfo("protect", "CrashLoop", "the worker died twice while it protected this image")
-        if attempt.isolate:
-            for asset in unit.healthy:
-                attempt.mark(asset.row)
+            asset.attempt, asset.device = attempt.number, self.device
+        # An image that did not travel is large: it is decoded alone, so that one of them is in memory at a time.
+        together = [asset for asset in unit.healthy if asset.view is not None and not attempt.isolate]
+        self._protect_assets(together)
+        for asset in unit.healthy:
+            if asset.delta is None and attempt.enter(asset.row):
                 self._protect_assets([asset])
-        else:
-            self._protect_assets(unit.healthy)
-        self.images += len(unit.healthy)
-        self.busy_s += time.monotonic() - started
+            elif asset.delta is None:
+                asset.failure = ErrorInfo("protect", CrashLoop.__name__, "the worker died twice on this image")
+            asset.view = None  # the next stage decodes at full size
+        attempt.finish()
         return unit
 
     def objective(self, images: Sequence[npt.NDArray[np.uint8]], seed: int) -> list[float]:
@@ -137,7 +145,7 @@ class Optimizer:
                 groups[tile.shape[0], tile.shape[1]].append(
                     _Tile(asset, box, tile, seed if number == 0 else asset_seed(f"{seed}", "", str(number)))
                 )
-        tiles = [tile for group in groups.values() for tile in group]
+        tiles = [tile for group in groups.values() for tile in group]  # rows of a method's batch have one shape
         for group in groups.values():
             for start in range(0, len(group), self.batch_size):
                 self._protect_tiles(group[start : start + self.batch_size])
@@ -161,14 +169,30 @@ class Optimizer:
                 self._protect_tiles(tiles[:middle])
                 self._protect_tiles(tiles[middle:])
             else:
+                self._count_out_of_memory(error)
                 tiles[0].asset.failure = ErrorInfo.of(error, "protect")
             return
+        self.out_of_memory = 0
         levels = (result.images * 255).round().to(torch.int16).permute(0, 2, 3, 1).numpy()
         for tile, saved, facts in zip(tiles, levels, result.facts, strict=True):
             if facts.failed is not None:
                 tile.asset.failure = ErrorInfo.of(ProtectError(facts.failed), "protect")
             tile.delta = (saved - tile.pixels.astype(np.int16)).astype(np.int8)
             tile.facts = facts
+
+    def _count_out_of_memory(self, error: Exception) -> None:
+        """Stops the run, before anything is stored, when single images run out of memory one after the other.
+
+        Then the device is too small or somebody else fills it; quarantine would write good images off.
+        """
+        if not isinstance(error, torch.cuda.OutOfMemoryError | MemoryError):
+            return
+        self.out_of_memory += 1
+        if self.out_of_memory >= MEMORY_ERRORS:
+            raise FatalWorkerError(
+                f"{self.device} ran out of memory on {MEMORY_ERRORS} single images in a row ({error}). "
+                "Free it, use --precision bfloat16 or a smaller model; then run the same command to go on."
+            )
 
     def _prompts(self, count: int) -> list[str] | None:
         prompt = self.job.config.job.method.prompt
@@ -219,8 +243,17 @@ def _exit_on_device_fault(error: Exception) -> None:
 
 def store_unit(job: Job, unit: Unit) -> Receipt:
     """Encodes, measures and writes the unit's part with one create-only PUT; a part that is there already wins."""
-    part = build_part(job, unit)
+    attempt = begin(job.destination(), f"stores/{unit.unit_id}", job.run_id)
+    data = build_part(job, unit, attempt)
+    attempt.finish()
     # Where another run stored the unit first, its part stays: a finalizer may be reading it.
     with suppress(AlreadyExists):
-        job.destination().put_new(unit.part_key, part.data)
-    return Receipt(shard_id=unit.shard_id, unit_id=unit.unit_id, protected=part.protected, quarantined=part.error_types)
+        job.destination().put_new(unit.part_key, data)
+    failures = [(asset, asset.failure) for asset in unit.assets if asset.failure is not None]
+    return Receipt(
+        shard_id=unit.shard_id,
+        unit_id=unit.unit_id,
+        protected=len(unit.assets) - len(failures),
+        quarantined=[failure.error_type for _, failure in failures],
+        example="".join(f"{asset.asset_id}: {failure.message}" for asset, failure in failures[:1]),
+    )

@@ -119,9 +119,12 @@ def model_base_size(path_or_id: str) -> int:
     """Side in pixels at which a latent model was trained, read from its configuration alone."""
     folder = resolve_folder(path_or_id)
     check_folder(folder)
-    sample = read_json(folder / "unet" / "config.json")["sample_size"]
-    factor: int = 2 ** (len(read_json(folder / "vae" / "config.json")["block_out_channels"]) - 1)
-    return int(sample if isinstance(sample, int) else min(sample)) * factor
+    try:
+        sample = read_json(folder / "unet" / "config.json")["sample_size"]
+        factor: int = 2 ** (len(read_json(folder / "vae" / "config.json")["block_out_channels"]) - 1)
+        return int(sample if isinstance(sample, int) else min(sample)) * factor
+    except (KeyError, TypeError) as error:
+        raise ModelError(f"{folder}: the UNet's or the VAE's config.json does not tell the model's size") from error
 
 
 def _defines(file: Path) -> bool:

@@ -55,7 +55,7 @@ def _load(target: str) -> type[ImageProtector[Any, Any]]:
     module_name, _, class_name = target.partition(":")
     try:
         found = getattr(import_module(module_name), class_name)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError) as error:
         raise UnknownProtector(f"{target!r} cannot be loaded: {error}; use 'module:Class'") from error
     if not (isinstance(found, type) and issubclass(found, ImageProtector)):
         raise UnknownProtector(f"{target!r} is no ImageProtector; derive it from protectors.base.ImageProtector")

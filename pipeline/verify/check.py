@@ -6,6 +6,7 @@ import math
 import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,21 +21,24 @@ from pipeline.parts import read_part
 from pipeline.plan import Shard, load_index, unit_ids
 from pipeline.readers import read_units
 from pipeline.scale import to_training_scale
-from pipeline.storage import Store, get_json, put_json_new
+from pipeline.storage import Store, get_json, in_parallel, put_json_new
+from pipeline.units import group_units
 from pipeline.verify.purify import PURIFIERS
 from pipeline.verify.sample import choose_sample
 from pipeline.worker import Optimizer
 
 UNPURIFIED = "none"
+AT_TRAINING_SCALE = "@training-scale"
 
 
 @dataclass(slots=True, kw_only=True)
 class CheckedAsset:
     """One sampled asset with the four cells of each purifier: clean and protected, before and after."""
 
-    asset_id: str
     row: int
     seed: int
+    # Names the stored bytes that were measured.
+    protected_sha256: str
     # By purifier: the clean and the protected image at training scale, uint8 (h, w, 3).
     cells: dict[str, tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]]
 
@@ -56,14 +60,18 @@ class Check:
 def sampled_rows(job: Job, shard: Shard) -> dict[str, dict[int, str]]:
     """The sample of a shard: rows and their asset ids, by unit. Reads two columns of every part."""
     destination = job.destination()
-    protected: dict[str, dict[int, str]] = {}
+    places: dict[str, tuple[str, int]] = {}
     for unit in unit_ids(load_index(destination, shard), job.config_fp):
         table = read_part(destination, f"parts/{shard.shard_id}/{unit}.parquet", ["row", "asset_id", "status"])
-        protected[unit] = {row["row"]: row["asset_id"] for row in table.to_pylist() if row["status"] == "protected"}
-    names = [name for rows in protected.values() for name in rows.values()]
-    chosen = choose_sample(names, job.config.job.check)
-    picked = {unit: {r: name for r, name in rows.items() if name in chosen} for unit, rows in protected.items()}
-    return {unit: rows for unit, rows in picked.items() if rows}
+        for row in table.to_pylist():
+            if row["status"] == "protected":
+                places.setdefault(row["asset_id"], (unit, row["row"]))  # customers' ids may occur twice
+    chosen = choose_sample(places, job.config.job.check)
+    picked: dict[str, dict[int, str]] = {}
+    for name, (unit, number) in places.items():
+        if name in chosen:
+            picked.setdefault(unit, {})[number] = name
+    return picked
 
 
 def prepare_checks(job: Job, shard: Shard) -> Iterator[Check]:
@@ -77,17 +85,18 @@ def prepare_checks(job: Job, shard: Shard) -> Iterator[Check]:
     index = load_index(destination, shard)
     ranges = unit_ids(index, job.config_fp)
     done = {item.key for item in destination.list(f"checks/{shard.shard_id}/")}
-    for unit, rows in sampled_rows(job, shard).items():
-        check = Check(shard_id=shard.shard_id, unit_id=unit, assets=[])
-        if check.key in done:
-            continue
-        (originals,) = read_units(source, index, [ranges[unit]])
-        part = read_part(destination, f"parts/{shard.shard_id}/{unit}.parquet")
-        stored = {row["row"]: row for row in part.to_pylist()}
-        for asset in originals.assets:
-            if asset.row in rows:
-                check.assets.append(_cells(job, asset.data or b"", stored[asset.row]))
-        yield check
+    sample = sampled_rows(job, shard)
+    checks = {ranges[unit]: Check(shard_id=shard.shard_id, unit_id=unit, assets=[]) for unit in sample}
+    todo = sorted(rows for rows, check in checks.items() if check.key not in done)
+    for group in group_units(todo, index.row_groups):
+        for rows, originals in zip(group, read_units(source, index, group), strict=True):
+            check = checks[rows]
+            part = read_part(destination, f"parts/{shard.shard_id}/{check.unit_id}.parquet")
+            stored = {row["row"]: row for row in part.to_pylist()}
+            for asset in originals.assets:
+                if asset.row in sample[check.unit_id]:
+                    check.assets.append(_cells(job, asset.data or b"", stored[asset.row]))
+            yield check
 
 
 def _cells(job: Job, original: bytes, row: dict[str, Any]) -> CheckedAsset:
@@ -102,14 +111,15 @@ def _cells(job: Job, original: bytes, row: dict[str, Any]) -> CheckedAsset:
     if row["format"] != "JPEG" and measured.linf_levels > math.floor(job.eps_levels):
         raise IntegrityError(f"{row['asset_id']}: the stored image is {measured.linf_levels} levels off")
     pair = (model_view(clean), model_view(decode(data, limits=job.limits)))
-    cells = {UNPURIFIED: pair} | {name: (purify(pair[0]), purify(pair[1])) for name, purify in PURIFIERS.items()}
-    scaled = {name: (_at_scale(job, a), _at_scale(job, b)) for name, (a, b) in cells.items()}
-    return CheckedAsset(asset_id=row["asset_id"], row=row["row"], seed=row["seed"], cells=scaled)
-
-
-def _at_scale(job: Job, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """What an attacker's trainer makes of an image, whatever the resolution policy."""
-    return to_training_scale(pixels, job.base_size)
+    # What an attacker's trainer makes of an image, whatever the resolution policy.
+    small = (to_training_scale(pair[0], job.base_size), to_training_scale(pair[1], job.base_size))
+    cells = {UNPURIFIED: small}
+    for name, purify in PURIFIERS.items():
+        # The attacker may purify the file, or what the trainer sees; on a large image the first does little.
+        full = (purify(pair[0]), purify(pair[1]))
+        cells[name] = (to_training_scale(full[0], job.base_size), to_training_scale(full[1], job.base_size))
+        cells[name + AT_TRAINING_SCALE] = (purify(small[0]), purify(small[1]))
+    return CheckedAsset(row=row["row"], seed=row["seed"], protected_sha256=row["protected_sha256"], cells=cells)
 
 
 def measure_check(optimizer: Optimizer, check: Check) -> dict[str, Any]:
@@ -120,7 +130,7 @@ def measure_check(optimizer: Optimizer, check: Check) -> dict[str, Any]:
         images = [clean, *(image for pair in asset.cells.values() for image in pair)]
         values = optimizer.objective(images, asset.seed)[1:]
         pairs = {name: [values[2 * i], values[2 * i + 1]] for i, name in enumerate(asset.cells)}
-        rows[str(asset.row)] = {"asset_id": asset.asset_id, "objective": pairs}
+        rows[str(asset.row)] = {"protected_sha256": asset.protected_sha256, "objective": pairs}
     return {"shard_id": check.shard_id, "unit_id": check.unit_id, "rows": rows}
 
 
@@ -129,10 +139,22 @@ def store_check(job: Job, key: str, result: Mapping[str, Any]) -> None:
     put_json_new(job.destination(), key, {"writer_id": uuid.uuid4().hex, **result})
 
 
-def stored_checks(destination: Store, shard: Shard) -> dict[int, dict[str, list[float]]]:
-    """Objectives (clean, protected) by row and purifier, of every stored check of the shard."""
-    found: dict[int, dict[str, list[float]]] = {}
-    for item in destination.list(f"checks/{shard.shard_id}/"):
-        for row, entry in get_json(destination, item.key)["rows"].items():
-            found[int(row)] = entry["objective"]
+@dataclass(frozen=True, slots=True)
+class StoredCheck:
+    """The stored result for one row."""
+
+    key: str
+    # Names the stored bytes that were measured.
+    protected_sha256: str
+    # Objective of the clean and the protected image, by purifier.
+    objective: dict[str, list[float]]
+
+
+def stored_checks(destination: Store, shard: Shard) -> dict[int, StoredCheck]:
+    """Every stored check of the shard, by row."""
+    keys = [item.key for item in destination.list(f"checks/{shard.shard_id}/")]
+    found: dict[int, StoredCheck] = {}
+    for key, document in zip(keys, in_parallel(partial(get_json, destination), keys), strict=True):
+        for row, entry in document["rows"].items():
+            found[int(row)] = StoredCheck(key, entry["protected_sha256"], entry["objective"])
     return found

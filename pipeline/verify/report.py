@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
+from pipeline.errors import AlreadyExists
 from pipeline.job import Job, code_version
 from pipeline.manifest import Manifest
 from pipeline.plan import Shard
@@ -24,7 +26,7 @@ def write_verification(job: Job, shards: Sequence[Shard], manifests: Sequence[Ma
     everything: list[dict[str, list[float]]] = []
     rows = {manifest.shard_id: manifest for manifest in manifests}
     for shard in shards:
-        checks = list(stored_checks(destination, shard).values())
+        checks = [check.objective for check in stored_checks(destination, shard).values()]
         everything += checks
         per_shard[shard.shard_id] = {
             "rows_in": rows[shard.shard_id].rows_in,
@@ -44,16 +46,19 @@ def write_verification(job: Job, shards: Sequence[Shard], manifests: Sequence[Ma
         "code_version": code_version(),
         "measure": (
             "share of the objective's gain that is left after the purifier, on decoded stored bytes; "
-            "gain = objective(protected) - objective(clean), both treated by the same purifier"
+            "gain = objective(protected) - objective(clean), both treated by the same purifier; "
+            "purified at full size, or at the model's training scale where the name says so"
         ),
         "interval": {"kind": "percentile bootstrap over images", "confidence": CONFIDENCE, "resamples": RESAMPLES},
         "purifiers": sorted(PURIFIERS),
+        "training_scale": job.base_size,
         "sampled": len(everything),
         "survival": [asdict(item) for item in total],
         "shards": per_shard,
     }
     key = f"reports/{job.run_id}/verification.json"
-    destination.put_new(key, json_bytes(document))
+    with suppress(AlreadyExists):  # this run wrote it before it was interrupted
+        destination.put_new(key, json_bytes(document))
     return key, total
 
 

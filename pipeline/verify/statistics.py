@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from pipeline.verify.check import UNPURIFIED
 
@@ -41,22 +42,27 @@ def survival(objectives: Sequence[Mapping[str, Sequence[float]]], *, seed: int =
         return []
     gains = {name: np.array([image[name][1] - image[name][0] for image in objectives]) for name in objectives[0]}
     before = gains[UNPURIFIED]
-    draws = np.random.default_rng(seed).integers(0, len(before), (RESAMPLES, len(before)))
-    return [_survival(name, gain, before, draws) for name, gain in gains.items()]
+    totals = _resampled_sums(np.stack(list(gains.values())), seed)
+    base = totals[:, list(gains).index(UNPURIFIED)]
+    return [
+        _survival(name, gain, before, totals[base > 0, i] / base[base > 0])
+        for i, (name, gain) in enumerate(gains.items())
+    ]
+
+
+def _resampled_sums(gains: npt.NDArray[np.float64], seed: int) -> npt.NDArray[np.float64]:
+    """Sums of every row over bootstrap resamples of its columns, ``(RESAMPLES, rows)``; one resample in memory."""
+    random = np.random.default_rng(seed)
+    images = gains.shape[1]
+    return np.stack([gains[:, random.integers(0, images, images)].sum(axis=1) for _ in range(RESAMPLES)])
 
 
 def _survival(
-    name: str,
-    gain: np.typing.NDArray[np.float64],
-    before: np.typing.NDArray[np.float64],
-    draws: np.typing.NDArray[np.int64],
+    name: str, gain: npt.NDArray[np.float64], before: npt.NDArray[np.float64], shares: npt.NDArray[np.float64]
 ) -> Survival:
     share = float(gain.sum() / before.sum()) if before.sum() > 0 else None
     low = high = None
-    if share is not None and len(gain) > 1:
-        totals = before[draws].sum(axis=1)
-        shares = gain[draws].sum(axis=1)[totals > 0] / totals[totals > 0]
-        if len(shares):
-            tail = 100 * (1 - CONFIDENCE) / 2
-            low, high = (float(value) for value in np.percentile(shares, [tail, 100 - tail]))
+    if share is not None and len(gain) > 1 and len(shares):
+        tail = 100 * (1 - CONFIDENCE) / 2
+        low, high = (float(value) for value in np.percentile(shares, [tail, 100 - tail]))
     return Survival(purifier=name, share=share, low=low, high=high, images=len(gain))
