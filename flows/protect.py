@@ -19,6 +19,7 @@ from pipeline.job import Job
 from pipeline.manifest import Manifest, read_commits, read_manifests, read_success, says
 from pipeline.plan import Plan, Shard, plan_columns
 from pipeline.run import Tally, Task, cut_waves, prepare, publish
+from pipeline.verify.check import UNPURIFIED
 from pipeline.verify.report import read_verification, write_verification
 from pipeline.verify.statistics import Survival
 
@@ -161,7 +162,7 @@ def _run_waves(job: Job, plan: Plan, shards: Sequence[Shard], tally: Tally) -> N
     )
 
     with cluster(job) as pool:
-        observer().note(f"{pool.actors} {pool.device} actors; Ray dashboard: {dashboard_url()}")
+        observer().note(f"{pool.actors} {pool.device} actors; Ray dashboard: {dashboard_url() or 'off'}")
         for tasks, complete in cut_waves(job, shards, tally):
             observer().step("protect", plan.rows, tally.resumed + tally.protected + tally.quarantined)
             if tasks:
@@ -182,11 +183,12 @@ def summary(outcome: Outcome) -> list[dict[str, Any]]:
             "protected": manifest.rows_ok,
             "quarantined": manifest.rows_quarantined,
             "checked": manifest.verify["sampled"],
-            **{
-                f"left after {item['purifier']}": None if item["share"] is None else round(item["share"], 3)
-                for item in manifest.verify["survival"]
-                if item["purifier"] != "none"
-            },
+            "left after the worst purifier": _worst(manifest.verify["survival"]),
         }
         for manifest in outcome.manifests
     ]
+
+
+def _worst(survival: Sequence[dict[str, Any]]) -> float | None:
+    shares = [item["share"] for item in survival if item["purifier"] != UNPURIFIED and item["share"] is not None]
+    return round(min(shares), 3) if shares else None

@@ -259,7 +259,7 @@ def join_url(base: str, *keys: str) -> str:
 def public_url(url: str) -> str:
     """The URL without what may be secret: user and password, and the query of web addresses."""
     bare = re.sub(r"(://)[^/@\s]*@", r"\1", url)
-    return re.sub(r"(https?://[^?\s]*)\?[^:\s]*", r"\1", bare)
+    return re.sub(r"(?i)(https?://[^?\s]*)\?(?:(?!::)\S)*", r"\1", bare)  # a query may hold single colons
 
 
 def same_or_nested(a: str, b: str) -> bool:

@@ -117,10 +117,10 @@ class Optimizer:
         # An image that did not travel is large: it is decoded alone, so that one of them is in memory at a time.
         together = [asset for asset in unit.healthy if asset.view is not None and not attempt.isolate]
         self._protect_assets(together)
-        for asset in unit.healthy:
-            if asset.delta is None and attempt.enter(asset.row):
+        for asset in unit.assets:
+            if asset.failure is None and asset.delta is None and attempt.enter(asset.row):
                 self._protect_assets([asset])
-            elif asset.delta is None:
+            elif asset.failure is None and asset.delta is None:
                 asset.failure = ErrorInfo("protect", CrashLoop.__name__, "the worker died twice on this image")
             asset.view = None  # the next stage decodes at full size
         attempt.finish()

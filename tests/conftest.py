@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import logging
 import os
 import signal
 import socket
@@ -109,7 +110,9 @@ def s3_proxy(s3_server: S3Server) -> Iterator[S3Proxy]:
 def ray_cluster(no_real_aws: None) -> Iterator[str]:
     """One local Ray for all tests that run a job in this process; the address at which other processes join it."""
     import ray
+    import ray.data
 
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # as the command does where it starts a cluster
     handler = signal.getsignal(signal.SIGTERM)
     ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     signal.signal(signal.SIGTERM, handler)
@@ -118,18 +121,19 @@ def ray_cluster(no_real_aws: None) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def prefect_server() -> Iterator[None]:
-    """One Prefect server with an empty database for all flows of this process."""
+def prefect_server() -> Iterator[str]:
+    """One Prefect server for all flows of this process; its URL, for flows of others."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PREFECT_LOGGING_LEVEL", "CRITICAL")  # as the command sets it
+        from prefect.settings import PREFECT_API_URL
         from prefect.testing.utilities import prefect_test_harness
 
         with prefect_test_harness(server_startup_timeout=120):
-            yield
+            yield str(PREFECT_API_URL.value())
 
 
 @pytest.fixture(scope="session")
-def prefect_home(prefect_server: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def prefect_home(prefect_server: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where commands in processes of their own keep Prefect's database: a copy, since it takes long to build."""
     from prefect.settings import PREFECT_SERVER_DATABASE_CONNECTION_URL as URL
 

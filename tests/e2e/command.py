@@ -132,9 +132,9 @@ def until(condition: Callable[[], Any], what: str, timeout_s: float = 90.0) -> A
 
 
 def job_file(path: Path, **job: Any) -> Path:
-    """Writes a job file for the fake protector with units of two images; ``job`` lies over it."""
+    """Writes a job file for the fake protector, units of two images and one actor; ``job`` lies over its job."""
     document = {"archive": {"unit_assets": 2}, "method": {"name": FAKE}, **job}
-    path.write_text(yaml.safe_dump({"job": document}))
+    path.write_text(yaml.safe_dump({"job": document, "run": {"actors": 1}}))
     return path
 
 

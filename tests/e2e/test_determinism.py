@@ -41,10 +41,10 @@ def test_pool_size_names_order_and_neighbours_change_no_pixel(tmp_path: Path) ->
     fill(open_store(str(shuffled), StorageOptions()), {**renamed, "rest.parquet": parquet_file(rest)})
     one = _pixels(plain, tmp_path / "one", 1, "--method", FAKE)
     assert len(one) == len(images)
-    assert _pixels(plain, tmp_path / "two", 2, "--method", FAKE) == one
     assert _pixels(shuffled, tmp_path / "other", 2, "--method", FAKE) == one
 
 
+@pytest.mark.slow
 def test_pool_size_changes_no_pixel_of_a_real_method(tmp_path: Path) -> None:
     images = dict(list(marked_pictures().items())[:6])
     fill(open_store(str(tmp_path / "plain"), StorageOptions()), images)

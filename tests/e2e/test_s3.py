@@ -5,7 +5,8 @@
 3. ``_SUCCESS.json`` names the manifests; ``verification.json`` holds their numbers.
 4. ``datasets`` reads the data files as images, the customer's columns are there.
 5. No object holds original bytes, and neither objects nor output hold the credentials.
-6. A rerun calls no optimizer and changes no object.
+6. One line names the actors and the dashboard of Ray.
+7. A rerun calls no optimizer and changes no object.
 """
 
 from __future__ import annotations
@@ -147,6 +148,13 @@ def _contents(data: bytes, key: str) -> Iterator[bytes]:
         for batch in table.to_batches():
             for column in batch.columns:
                 yield from (buffer.to_pybytes() for buffer in column.buffers() if buffer is not None)
+
+
+def test_one_line_names_the_actors_and_the_dashboard(run: Run) -> None:
+    assert re.findall(r"^(.+); Ray dashboard: http://127\.0\.0\.1:\d+$", run.result.out, re.MULTILINE) == [
+        "1 cpu actors"
+    ]
+    assert run.result.err == ""
 
 
 @pytest.mark.usefixtures("prefect_server")

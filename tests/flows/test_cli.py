@@ -3,7 +3,8 @@
 1. An error of theirs is one line on stderr that says what to do, with exit code 2, within seconds, and writes nothing.
 2. ``--help`` explains every command; ``--dry-run`` shows the plan and writes nothing.
 3. An option wins over its environment variable, that over the job file, that over the default.
-4. ``status`` and ``inspect`` tell finished from unfinished and sound from damaged destinations.
+4. What is not whole is not published: the run says why and exits with 1.
+5. ``status`` and ``inspect`` tell finished from unfinished and sound from damaged destinations.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
 from pipeline.storage import StorageOptions, open_store
 from tests.conftest import S3Proxy, S3Server, Verdict, free_port
 from tests.e2e.archives import fill, parquet_file, picture
-from tests.e2e.command import FAKE, contents, fixative, job_file, running
+from tests.e2e.command import FAKE, contents, finished, fixative, job_file
 
 LOCAL = StorageOptions()
 
@@ -42,7 +44,7 @@ def source(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def done(ray_cluster: str, prefect_server: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def done(ray_cluster: str, prefect_server: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Source and finished destination: three pictures, one of them not a picture, and a Parquet file."""
     folder = tmp_path_factory.mktemp("done")
     objects = {
@@ -52,7 +54,7 @@ def done(ray_cluster: str, prefect_server: None, tmp_path_factory: pytest.TempPa
         "p.parquet": parquet_file({"r": picture(3)}),
     }
     fill(open_store(str(folder / "source"), LOCAL), objects)
-    result = fixative("protect", folder / "source", folder / "destination", "--method", FAKE)
+    result = fixative("protect", folder / "source", folder / "destination", "--method", FAKE, "--actors", 1)
     assert result.code == 0, result
     return folder / "source", folder / "destination"
 
@@ -116,12 +118,13 @@ def test_model_folder_that_is_no_model(source: Path, tmp_path: Path) -> None:
     assert f"{source} holds no model_index.json" in result.error
 
 
-def test_hub_id_while_offline_fails_within_seconds(source: Path, prefect_home: Path, tmp_path: Path) -> None:
-    arguments = ("protect", source, tmp_path / "destination", "--model", "some-owner/some-model")
-    environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub")}
+def test_hub_id_while_offline_fails_within_seconds(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     begin = time.monotonic()
-    with running(*arguments, home=prefect_home, environment=environment) as command:
-        result = command.wait(90)
+    result = fixative("protect", source, tmp_path / "destination", "--model", "some-owner/some-model")
     assert time.monotonic() - begin < 30
     assert result.code == 2, result
     assert "'some-owner/some-model' is neither a folder nor a model in the local cache" in result.error
@@ -170,13 +173,77 @@ def test_image_columns(tmp_path: Path) -> None:
     assert "broken.parquet: not a readable Parquet file" in dry("broken.parquet")
 
 
+def test_further_pictures_go_out_only_if_asked_for(tmp_path: Path) -> None:
+    rows = [{"image": {"bytes": picture(1)}, "mask": {"bytes": picture(2)}, "text": "a"}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    protect = ("protect", tmp_path / "rows.parquet", tmp_path / "destination", "--method", FAKE, "--dry-run")
+    result = fixative(*protect, "--image-column", "image")
+    assert result.code == 2, result
+    for words in ("mask hold further pictures, which would go out unprotected", "--other-images drop"):
+        assert words in result.error
+    for choice in ("drop", "keep"):
+        result = fixative(*protect, "--image-column", "image", "--other-images", choice)
+        assert (result.code, result.err) == (0, ""), result
+    result = fixative(*protect, "--other-images", "show")
+    assert (result.code, "'refuse', 'drop' or 'keep'" in result.error) == (2, True)
+
+
+@pytest.mark.usefixtures("prefect_server")
+def test_what_cannot_be_planned_binds_nothing(tmp_path: Path) -> None:
+    source, destination = (open_store(str(tmp_path / name), LOCAL) for name in ("source", "destination"))
+    fill(source, {"a.parquet": b"PAR1 nothing", "note.txt": b"text"})
+    result = fixative("protect", source.url, destination.url, "--method", FAKE)
+    assert result.code == 2, result
+    assert "a.parquet: not a readable Parquet file" in result.error
+    assert not contents(destination)
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(240)
+@pytest.mark.usefixtures("ray_cluster", "prefect_server")
+def test_what_is_not_whole_is_not_published(tmp_path: Path) -> None:
+    source, destination = (open_store(str(tmp_path / name), LOCAL) for name in ("source", "destination"))
+    fill(source, {"a.png": picture(1), "broken.tar": b"no tar", **{f"{i}.png": b"no picture" for i in range(6)}})
+    protect = ("protect", source.url, destination.url, "-c")
+    config = job_file(tmp_path / "job.yaml", check={"fraction": 0, "min_per_shard": 0})
+    unreadable, many = "broken.tar: not a readable plain tar", "6 assets are quarantined, 5 are tolerated"
+
+    def problems(*arguments: object) -> list[str]:
+        result = fixative(*protect, config, *arguments)
+        assert (result.code, result.err) == (1, ""), result
+        return [line for line in result.out.splitlines() if "not complete: " in line or "cannot be read: " in line]
+
+    for words, line in zip((unreadable, unreadable, many), problems(), strict=True):
+        assert words in line
+    assert len(list(destination.list("manifests/"))) == 1
+    assert not any(destination.list("_SUCCESS.json"))
+    assert "no run has finished here yet" in fixative("inspect", destination.url).error
+    assert "not finished" in fixative("status", destination.url).out
+    (line,) = problems("--dry-run")
+    assert unreadable in line
+
+    source.delete("broken.tar")
+    (line,) = problems()
+    assert many in line
+    assert not any(destination.list("_SUCCESS.json"))
+    document = yaml.safe_load(config.read_text())
+    document["run"]["max_quarantine_rows"] = 6
+    config.write_text(yaml.safe_dump(document))
+    result = fixative(*protect, config)
+    assert (result.code, result.err) == (0, ""), result
+    assert "this run: 0 units" in result.out
+    (manifest,) = finished(destination)
+    assert (manifest.rows_ok, manifest.rows_quarantined) == (1, 6)
+
+
 def test_bound_to_another_configuration(done: tuple[Path, Path]) -> None:
     source, destination = done
     before = contents(open_store(str(destination), LOCAL))
-    result = fixative("protect", source, destination, "--method", FAKE, "--eps", "2", "--seed", "7")
-    assert result.code == 2, result
-    for words in ("method.config.eps_levels: 4.0 -> 2.0", "seed: 0 -> 7", "another destination"):
-        assert words in result.error
+    for options in ([], ["--dry-run"]):
+        result = fixative("protect", source, destination, "--method", FAKE, "--eps", "2", "--seed", "7", *options)
+        assert result.code == 2, result
+        for words in ("method.config.eps_levels: 4.0 -> 2.0", "seed: 0 -> 7", "another destination"):
+            assert words in result.error
     assert contents(open_store(str(destination), LOCAL)) == before
 
 
@@ -237,9 +304,7 @@ def test_secrets_in_urls_are_refused_and_not_shown(source: Path) -> None:
         assert "hunter2" not in result.out + result.err
 
 
-@pytest.mark.ray
-@pytest.mark.timeout(240)
-@pytest.mark.usefixtures("ray_cluster", "prefect_server")
+@pytest.mark.usefixtures("prefect_server")
 def test_store_without_conditional_writes(source: Path, s3_bucket: str, s3_proxy: S3Proxy) -> None:
     s3_proxy.rule = lambda method, path, headers: Verdict(unconditional=True)
     protect = ("protect", source, f"s3://{s3_bucket}/x", "--method", FAKE, "--s3-endpoint", s3_proxy.endpoint_url)
@@ -248,7 +313,16 @@ def test_store_without_conditional_writes(source: Path, s3_bucket: str, s3_proxy
     assert "ignores create-only writes" in result.error
     assert "--single-writer" in result.error
     assert not contents(open_store(f"s3://{s3_bucket}/x", s3_proxy.options))
-    assert fixative(*protect, "--single-writer").code == 0
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+@pytest.mark.usefixtures("ray_cluster", "prefect_server")
+def test_a_single_writer_needs_no_conditional_writes(source: Path, s3_bucket: str, s3_proxy: S3Proxy) -> None:
+    s3_proxy.rule = lambda method, path, headers: Verdict(unconditional=True)
+    protect = ("protect", source, f"s3://{s3_bucket}/x", "--method", FAKE, "--s3-endpoint", s3_proxy.endpoint_url)
+    assert fixative(*protect, "--single-writer", "--actors", 1).code == 0
     assert fixative("inspect", f"s3://{s3_bucket}/x", "--s3-endpoint", s3_proxy.endpoint_url).code == 0
 
 

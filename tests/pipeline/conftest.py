@@ -6,6 +6,10 @@ import os
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("pipeline", deadline=None)  # a busy machine is no failure
+settings.load_profile("pipeline")
 
 
 @pytest.fixture(autouse=True, scope="module")

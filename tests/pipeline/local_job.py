@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from pipeline.config import JobConfig
 from pipeline.finalize import finalize_shard
 from pipeline.job import Job
-from pipeline.manifest import Manifest, committed_shards
+from pipeline.manifest import Manifest, read_commits
 from pipeline.plan import Plan, Shard, plan_columns
 from pipeline.run import open_units, prepare, publish
 from pipeline.verify.check import measure_check, prepare_checks, store_check
@@ -69,7 +69,7 @@ def commit(job: Job, plan: Plan, shards: Sequence[Shard] | None = None) -> list[
 def run_job(config: JobConfig) -> Outcome:
     """A whole run; shards that are committed already are left alone."""
     job, plan = prepare(config)
-    done = committed_shards(job.destination())
+    done = read_commits(job.destination()).committed
     for shard in plan.shards:
         if shard.shard_id not in done:
             protect_shard(job, shard)

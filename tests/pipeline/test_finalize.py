@@ -17,18 +17,31 @@ import pytest
 from PIL import Image
 
 from pipeline import finalize as finalize_module
-from pipeline.errors import IntegrityError
+from pipeline.errors import IntegrityError, SourceChanged
 from pipeline.ids import sha256_hex
 from pipeline.job import Job
-from pipeline.manifest import Manifest
+from pipeline.manifest import Commits, Manifest, abandon, read_commits
 from pipeline.parts import PARQUET_OPTIONS, read_part
-from pipeline.plan import Plan, load_index, unit_ids
+from pipeline.plan import Plan, load_index, make_plan, publish_plan, unit_ids
+from pipeline.run import prepare, publish
 from pipeline.schema import QUARANTINED
 from pipeline.storage_local import LocalStore
+from pipeline.verify.purify import PURIFIERS
 from tests.pipeline.archives import flip, photo, photos, write_folder, write_parquet, write_tar
-from tests.pipeline.local_job import commit, data_table, job_config, part_rows, protect_shard, ready, run_job, tree
+from tests.pipeline.local_job import (
+    check_shard,
+    commit,
+    data_table,
+    job_config,
+    part_rows,
+    protect_shard,
+    ready,
+    run_job,
+    tree,
+)
 
 Ready = tuple[Job, Plan]
+MEASURED = {"none", *PURIFIERS, *(f"{name}@training-scale" for name in PURIFIERS)}
 
 
 def folder_job(tmp_path: Path, files: dict[str, bytes], **sections: Any) -> Ready:
@@ -73,10 +86,10 @@ def test_the_check_is_folded_into_its_rows(tmp_path: Path) -> None:
     assert all(row["verified"] for row in checked)
     for row in checked:
         cells = {cell["purifier"]: cell for cell in row["check"]}
-        assert cells.keys() == {"none", "jpeg75", "half-size"}
+        assert cells.keys() == MEASURED
         assert cells["none"]["objective_clean"] == 0 < cells["none"]["objective_protected"]
     assert all(row["verified"] is None and row["check"] is None for row in rows if not row["sampled"])
-    assert {item["purifier"] for item in manifest.verify["survival"]} == {"none", "jpeg75", "half-size"}
+    assert {item["purifier"] for item in manifest.verify["survival"]} == MEASURED
 
 
 def test_quarantined_rows_have_a_table_of_their_own(tmp_path: Path) -> None:
@@ -253,6 +266,37 @@ def test_a_missing_check_is_refused(tmp_path: Path) -> None:
     assert committed_files(tmp_path / "out") == []
 
 
+def test_a_check_of_other_bytes_is_refused_by_its_key(tmp_path: Path) -> None:
+    job, plan = folder_job(tmp_path, {"a.png": photo(1), "b.png": photo(2)})
+    (path,) = (tmp_path / "out" / "checks").rglob("*.json")
+    document = json.loads(path.read_bytes())
+    document["rows"]["1"]["protected_sha256"] = "0" * 64
+    path.write_text(json.dumps(document))
+    key = path.relative_to(tmp_path / "out").as_posix()
+    with pytest.raises(IntegrityError, match=f"^{key} measured other bytes than its part holds now"):
+        commit(job, plan)
+    assert committed_files(tmp_path / "out") == []
+    path.unlink()
+    check_shard(job, plan.shards[0])
+    assert len(commit(job, plan)) == 1
+
+
+def test_a_part_that_was_made_again_needs_its_check_again(tmp_path: Path) -> None:
+    """Equal pixels, other bytes: the check names the bytes that it measured."""
+    job, plan = folder_job(tmp_path, {"a.png": photo(1), "b.png": photo(2)})
+    (key,) = part_keys(job, plan)
+
+    def larger(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        for row in rows:
+            row["image"]["bytes"] += b"\0"
+            row["protected_sha256"] = sha256_hex(row["image"]["bytes"])
+        return rows
+
+    rewritten(tmp_path / "out" / key, larger)
+    with pytest.raises(IntegrityError, match=r"^checks/.* measured other bytes"):
+        commit(job, plan)
+
+
 def test_bytes_that_the_store_damages_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job, plan = folder_job(tmp_path, {"a.png": photo(1)})
     put = LocalStore.put_new_file
@@ -307,3 +351,58 @@ def test_the_logical_hash_does_not_depend_on_who_worked_when(tmp_path: Path) -> 
     assert hashes[0] == hashes[1]
     job, plan = folder_job(tmp_path / "z", {**files, "3.png": photo(33)})
     assert commit(job, plan)[0].logical_sha256 != hashes[0]
+
+
+def published_rows(root: Path) -> list[str]:
+    """Ids in all files that a manifest names."""
+    manifests = [json.loads(path.read_bytes()) for path in sorted((root / "manifests").glob("*.json"))]
+    files = [root / document["data"]["key"] for document in manifests if "abandoned" not in document]
+    return [name for path in files for name in pq.read_table(path).column("asset_id").to_pylist()]
+
+
+def test_a_run_that_was_overtaken_by_a_new_plan_commits_nothing(tmp_path: Path) -> None:
+    job, plan = folder_job(tmp_path, {"a.png": photo(1), "b.png": photo(2)})  # run A, about to commit
+    (tmp_path / "in" / "b.png").unlink()
+    write_folder(tmp_path / "in", {"b.png": photo(3, side=30)})
+    other, anew = ready(job.config)  # run B
+    assert plan.shards[0] not in anew.shards
+    with pytest.raises(SourceChanged, match=f"{plan.shards[0].shard_id}: another run has planned its source anew"):
+        commit(job, plan)
+    assert read_commits(job.destination()) == Commits(set(), {plan.shards[0].shard_id})
+    commit(other, anew)
+    with pytest.raises(SourceChanged):
+        commit(job, plan)
+    assert published_rows(tmp_path / "out") == ["a.png", "b.png"]
+
+
+def test_a_run_that_commits_before_the_new_plan_keeps_its_shard(tmp_path: Path) -> None:
+    job, plan = folder_job(tmp_path, {"a.png": photo(1), "b.png": photo(2)})  # run A
+    (tmp_path / "in" / "b.png").unlink()
+    write_folder(tmp_path / "in", {"b.png": photo(3, side=30)})
+    late = make_plan(job.source(), job.destination(), job.config.job.archive, job.config_fp, only="")  # run B
+    assert late.dropped == [plan.shards[0].shard_id]
+    (first,) = commit(job, plan)
+    assert not publish_plan(job.destination(), late)
+    other, anew = ready(job.config)
+    assert anew.shards[0] == plan.shards[0]
+    assert anew.superseded == {first.shard_id: ["b.png"]}
+    manifests = commit(other, anew)
+    assert manifests[0] == first
+    assert published_rows(tmp_path / "out") == ["a.png", "b.png", "b.png"]  # old and new, and it says which is old
+    publish(other, anew, manifests, "r")
+    assert json.loads((tmp_path / "out" / "_SUCCESS.json").read_bytes())["superseded"] == anew.superseded
+
+
+def test_a_tombstone_outlives_a_finalizer_in_the_middle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job, plan = folder_job(tmp_path, {"a.png": photo(1)})
+    put = LocalStore.put_new_file
+
+    def overtaken(store: LocalStore, key: str, path: Path) -> Any:
+        assert abandon(job.destination(), plan.shards[0].shard_id)
+        return put(store, key, path)
+
+    monkeypatch.setattr(LocalStore, "put_new_file", overtaken)
+    with pytest.raises(SourceChanged):
+        commit(job, plan)
+    assert read_commits(job.destination()) == Commits(set(), {plan.shards[0].shard_id})
+    assert prepare(job.config)[1].shards[0].number == 1

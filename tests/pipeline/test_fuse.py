@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import FatalWorkerError
-from pipeline.fuse import ATTEMPTS_OVER_ALL_RUNS, Attempt, begin
+from pipeline.fuse import ATTEMPTS_OVER_ALL_RUNS, SURVIVED, Attempt, begin
+from pipeline.storage import ObjectInfo
 from pipeline.storage_local import LocalStore
 
 ROWS = range(10, 14)
@@ -19,18 +20,15 @@ def store(tmp_path: Path) -> LocalStore:
 
 
 def attempt(store: LocalStore, *, unit: str = "u", run: str = "r", max_deaths: int = 20) -> Attempt:
-    return begin(store, unit, run, max_deaths=max_deaths)
+    return begin(store, f"attempts/{unit}", run, max_deaths=max_deaths)
 
 
 def work(found: Attempt, culprits: set[int]) -> bool:
     """One attempt: True if it comes to its end, False if the worker dies."""
-    rows = [row for row in ROWS if row not in found.blamed]
-    if not found.isolate:
-        return not culprits.intersection(rows)
-    for row in rows:
-        found.mark(row)
-        if row in culprits:
+    for row in ROWS:
+        if found.enter(row) and row in culprits:
             return False
+    found.finish()
     return True
 
 
@@ -70,7 +68,7 @@ def test_the_machines_own_deaths_blame_nobody(store: LocalStore) -> None:
         found = attempt(store)
         assert found.blamed == set()
         for earlier in range(ROWS[0], row + 1):
-            found.mark(earlier)
+            assert found.enter(earlier)
     assert attempt(store).blamed == set()
 
 
@@ -108,7 +106,7 @@ def test_too_many_deaths_stop_the_run(store: LocalStore) -> None:
         attempt(store, unit=f"u{number}", max_deaths=2)
     attempt(store, unit="u0", max_deaths=2)
     attempt(store, unit="u1", max_deaths=2)
-    with pytest.raises(FatalWorkerError, match="3 workers died in this run, the last at unit u2"):
+    with pytest.raises(FatalWorkerError, match="3 workers died in this run, the last one as u2-01"):
         attempt(store, unit="u2", max_deaths=2)
     attempt(store, unit="u2", run="next", max_deaths=2)  # another run starts to count anew
 
@@ -122,3 +120,66 @@ def test_a_worker_that_lives_on_does_not_share_its_number(store: LocalStore) -> 
 
     attempt(store)
     assert attempt(Late(str(store.root))).number == 1
+
+
+def test_calm_work_leaves_no_marks(store: LocalStore) -> None:
+    found = attempt(store)
+    assert all(found.enter(row) for row in ROWS)
+    found.finish()
+    assert [item.key for item in store.list()] == ["attempts/u/r/00-start"]
+
+
+def test_isolated_work_that_ends_blames_nobody(store: LocalStore) -> None:
+    for _ in range(5):  # results that were lost, not workers
+        found = begin(store, "loads/u", "r")
+        assert found.blamed == set()
+        assert work(found, set())
+    marks = [item.key for item in store.list("loads/u/r/04-row-")]
+    assert marks == [f"loads/u/r/04-row-{row:09d}" for row in (*ROWS, SURVIVED)]
+
+
+def test_one_death_and_one_lost_result_do_not_blame(store: LocalStore) -> None:
+    begin(store, "stores/u", "r")
+    assert not work(begin(store, "stores/u", "r"), {ROWS[-1]})
+    assert work(begin(store, "stores/u", "r"), set())
+    assert begin(store, "stores/u", "r").blamed == set()
+
+
+def test_a_row_that_is_blamed_is_left_out_unmarked(store: LocalStore) -> None:
+    for _ in range(3):
+        work(attempt(store), {ROWS[1]})
+    found = attempt(store)
+    assert [found.enter(row) for row in ROWS] == [True, False, True, True]
+    assert f"{found.prefix}/03-row-{ROWS[1]:09d}" not in [item.key for item in store.list()]
+
+
+def test_stages_are_counted_apart(store: LocalStore) -> None:
+    for _ in range(3):
+        work(begin(store, "loads/u", "r"), {ROWS[0]})
+    assert begin(store, "loads/u", "r").blamed == {ROWS[0]}
+    assert (attempt(store).number, begin(store, "stores/u", "r").number) == (0, 0)
+
+
+def test_without_a_limit_no_death_is_counted(store: LocalStore) -> None:
+    for number in range(30):
+        assert begin(store, "loads/u", "r").number == number
+    assert list(store.list("attempts/")) == []
+    attempt(store, max_deaths=1)  # the optimizer's count starts at zero
+
+
+class Mumbling(LocalStore):
+    """Stores what it is given, and then says that it was there before: the first answer was lost on the way."""
+
+    def put_new(self, key: str, data: bytes) -> ObjectInfo:
+        super().put_new(key, data)
+        return super().put_new(key, data)
+
+
+def test_a_lost_answer_is_no_death(store: LocalStore) -> None:
+    mumbling = Mumbling(str(store.root))
+    found = attempt(mumbling)
+    assert (found.number, found.isolate) == (0, False)
+    found = attempt(mumbling)
+    assert (found.number, found.isolate) == (1, True)
+    assert work(found, set())
+    assert [item.key for item in store.list("attempts/_deaths/")] == ["attempts/_deaths/r/u-01"]

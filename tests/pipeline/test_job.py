@@ -48,6 +48,7 @@ CHANGES: list[dict[str, Any]] = [
     {"limits": {"min_side": 32}},
     {"archive": {"unit_assets": 3}},
     {"archive": {"image_column": "x"}},
+    {"archive": {"other_images": "drop"}},
     {"seed": 1},
 ]
 

@@ -11,8 +11,20 @@ import pytest
 
 from pipeline.config import ArchiveSettings
 from pipeline.errors import BindingConflict, IntegrityError, UserError
-from pipeline.plan import BINDING_KEY, Plan, bind, load_index, make_plan, plan_columns, unit_ids
-from pipeline.storage import ObjectInfo
+from pipeline.manifest import Commits, abandon, manifest_key, read_commits
+from pipeline.plan import (
+    BINDING_KEY,
+    Plan,
+    Shard,
+    bind,
+    check_binding,
+    load_index,
+    make_plan,
+    plan_columns,
+    publish_plan,
+    unit_ids,
+)
+from pipeline.storage import ObjectInfo, put_json_new
 from pipeline.storage_local import LocalStore
 from tests.pipeline.archives import photo, photos, write_folder, write_parquet, write_tar
 from tests.pipeline.local_job import tree
@@ -28,18 +40,20 @@ class Bench:
         self.source.mkdir()
         self.store = LocalStore(str(self.out))
 
-    def plan(
-        self,
-        *,
-        committed: set[str] | None = None,
-        publish: bool = True,
-        only: str = "",
-        store: LocalStore | None = None,
-    ) -> Plan:
-        source = LocalStore(str(self.source))
-        return make_plan(
-            source, store or self.store, SETTINGS, "fp", only=only, committed=committed or set(), publish=publish
-        )
+    def look(self, *, only: str = "") -> Plan:
+        """A plan that nobody hears of."""
+        return make_plan(LocalStore(str(self.source)), self.store, SETTINGS, "fp", only=only)
+
+    def plan(self, *, store: LocalStore | None = None) -> Plan:
+        """A published plan, made as often as that takes."""
+        while True:
+            plan = self.look()
+            if publish_plan(store or self.store, plan):
+                return plan
+
+    def commit(self, *shards: Shard) -> None:
+        for shard in shards:
+            put_json_new(self.store, manifest_key(shard.shard_id), {"writer_id": "w", "shard_id": shard.shard_id})
 
     def rewrite(self, name: str, data: bytes) -> None:
         path = self.source / name
@@ -87,11 +101,15 @@ def test_an_unchanged_source_is_planned_once(bench: Bench) -> None:
     assert tree(bench.out) == before
 
 
-def test_a_dry_run_writes_nothing(bench: Bench) -> None:
+def test_making_a_plan_writes_nothing(bench: Bench) -> None:
     write_folder(bench.source, {"a.png": photo()})
-    dry = bench.plan(publish=False)
+    dry = bench.look()
     assert not bench.out.exists()
     assert dry.shards == bench.plan().shards
+    before = tree(bench.out)
+    bench.rewrite("a.png", photo(1, side=30))
+    assert bench.look().dropped == [dry.shards[0].shard_id]
+    assert tree(bench.out) == before
 
 
 def test_added_files_become_new_shards(bench: Bench) -> None:
@@ -112,21 +130,26 @@ def test_a_changed_file_of_an_open_shard_is_planned_anew(bench: Bench) -> None:
     second = bench.plan()
     assert first.shards[0] not in second.shards
     assert bench.covered(second) == ["a.png", "b.png"]
-    assert second.superseded == {}
+    assert (second.superseded, second.dropped) == ({}, [first.shards[0].shard_id])
     assert {shard.number for shard in second.shards}.isdisjoint(shard.number for shard in first.shards)
+    assert read_commits(bench.store) == Commits(set(), {first.shards[0].shard_id})
+    third = bench.plan()
+    assert (third.shards, third.dropped) == (second.shards, [])
 
 
 def test_a_changed_file_of_a_committed_shard_supersedes_it(bench: Bench) -> None:
     write_folder(bench.source, {"a.png": photo(1), "b.png": photo(2)})
     (old,) = bench.plan().shards
     bench.rewrite("b.png", photo(3, side=30))
-    second = bench.plan(committed={old.shard_id})
-    assert second.superseded == {old.shard_id: ["b.png"]}
+    bench.commit(old)
+    second = bench.plan()
+    assert (second.superseded, second.dropped) == ({old.shard_id: ["b.png"]}, [])
     kept, new = second.shards
     assert kept == old
     assert [key for key, _, _ in load_index(bench.store, new).members] == ["b.png"]
     (bench.source / "b.png").unlink()
-    third = bench.plan(committed={old.shard_id, new.shard_id})
+    bench.commit(new)
+    third = bench.plan()
     assert third.shards == second.shards  # what is committed stays, and nothing replaced it
     assert third.superseded == {}
 
@@ -138,6 +161,76 @@ def test_a_file_that_was_away_for_a_while_is_planned_once(bench: Bench) -> None:
     bench.plan()
     os.rename(bench.source.parent / "b.png", bench.source / "b.png")
     assert bench.covered(bench.plan()) == ["a.png", "b.png"]
+
+
+def test_a_change_that_is_taken_back_is_planned_a_third_time(bench: Bench) -> None:
+    data = photo(1)
+    write_folder(bench.source, {"a.png": data})
+    (first,) = bench.plan().shards
+    times = (bench.source / "a.png").stat()
+    bench.rewrite("a.png", photo(2, side=30))
+    (second,) = bench.plan().shards
+    bench.rewrite("a.png", data)
+    os.utime(bench.source / "a.png", ns=(times.st_atime_ns, times.st_mtime_ns))
+    (third,) = bench.plan().shards
+    assert third.number > second.number > first.number
+    assert bench.covered(bench.plan()) == ["a.png"]
+    assert read_commits(bench.store).abandoned == {first.shard_id, second.shard_id}
+
+
+def test_files_that_are_gone_leave_nothing_but_the_tombstone(bench: Bench) -> None:
+    write_folder(bench.source, {"a.png": photo(1)})
+    write_parquet(bench.source / "p.parquet", photos(2))
+    parquet, files = bench.plan().shards
+    (bench.source / "a.png").unlink()
+    plan = bench.plan()
+    assert (plan.shards, plan.dropped, plan.indexes) == ([parquet], [files.shard_id], {})
+    assert read_commits(bench.store).abandoned == {files.shard_id}
+
+
+def test_a_shard_that_is_committed_meanwhile_is_not_planned_anew(bench: Bench) -> None:
+    write_folder(bench.source, {"a.png": photo(1), "b.png": photo(2)})
+    (old,) = bench.plan().shards
+    bench.rewrite("b.png", photo(3, side=30))
+    late = bench.look()
+    bench.commit(old)
+    before = tree(bench.out)
+    assert not publish_plan(bench.store, late)
+    assert tree(bench.out) == before
+    again = bench.plan()
+    assert (again.shards[0], again.superseded, again.dropped) == (old, {old.shard_id: ["b.png"]}, [])
+    assert [key for key, _, _ in load_index(bench.store, again.shards[1]).members] == ["b.png"]
+
+
+def test_some_committed_and_some_not(bench: Bench) -> None:
+    for name in ("a", "b"):
+        write_parquet(bench.source / f"{name}.parquet", photos(2))
+    first, second = bench.plan().shards
+    for name in ("a", "b"):
+        (bench.source / f"{name}.parquet").unlink()
+        write_parquet(bench.source / f"{name}.parquet", photos(3))
+    late = bench.look()
+    assert sorted(late.dropped) == [first.shard_id, second.shard_id]
+    bench.commit(second)
+    assert not publish_plan(bench.store, late)  # though the first is abandoned now
+    assert read_commits(bench.store) == Commits({second.shard_id}, {first.shard_id})
+    again = bench.plan()
+    assert [(shard.key, shard.rows) for shard in again.shards] == [
+        ("b.parquet", 2),
+        ("a.parquet", 3),
+        ("b.parquet", 3),
+    ]
+    assert again.superseded == {second.shard_id: ["b.parquet"]}
+
+
+def test_a_planner_that_died_after_the_tombstone(bench: Bench) -> None:
+    write_folder(bench.source, {"a.png": photo(1), "b.png": photo(2)})
+    (old,) = bench.plan().shards
+    bench.rewrite("b.png", photo(3, side=30))
+    assert abandon(bench.store, old.shard_id)
+    plan = bench.plan()
+    assert old not in plan.shards
+    assert bench.covered(plan) == ["a.png", "b.png"]
 
 
 def test_unreadable_shards_do_not_stop_the_others(bench: Bench) -> None:
@@ -162,8 +255,8 @@ def test_nothing_to_protect(bench: Bench) -> None:
 def test_one_object_or_folder_of_the_source(bench: Bench) -> None:
     for name in ("a.parquet", "a.parquet2.parquet", "dir.parquet/part-0.parquet"):
         write_parquet(bench.source / name, photos(1))
-    assert [shard.key for shard in bench.plan(only="a.parquet", publish=False).shards] == ["a.parquet"]
-    found = bench.plan(only="dir.parquet", publish=False).shards
+    assert [shard.key for shard in bench.look(only="a.parquet").shards] == ["a.parquet"]
+    found = bench.look(only="dir.parquet").shards
     assert [shard.key for shard in found] == ["dir.parquet/part-0.parquet"]
 
 
@@ -212,12 +305,16 @@ def test_a_planner_that_is_overtaken_adds_to_the_winners_plan(bench: Bench) -> N
 
 def test_binding_is_idempotent_and_names_what_differs(bench: Bench) -> None:
     fields = {"method": {"name": "x", "config": {"eps_levels": 8.0, "steps": 4}}, "seed": 0}
-    config_fp = bind(bench.store, fields)
-    assert bind(bench.store, fields) == config_fp
+    check_binding(bench.store, fields)
+    assert not bench.out.exists()
+    bind(bench.store, fields)
     stored = tree(bench.out)[BINDING_KEY]
+    bind(bench.store, fields)
+    check_binding(bench.store, fields)
     changed = {"method": {"name": "x", "config": {"eps_levels": 4.0, "steps": 4}}, "seed": 1}
-    with pytest.raises(BindingConflict, match=r"\(method\.config\.eps_levels: 8\.0 -> 4\.0; seed: 0 -> 1\)"):
-        bind(bench.store, changed)
+    for compare in (bind, check_binding):
+        with pytest.raises(BindingConflict, match=r"\(method\.config\.eps_levels: 8\.0 -> 4\.0; seed: 0 -> 1\)"):
+            compare(bench.store, changed)
     with pytest.raises(BindingConflict, match=r'\(method\.name: "x" -> "y"\)'):
         bind(bench.store, {"method": {"name": "y", "config": {"k": 1}}, "seed": 0})
     assert tree(bench.out)[BINDING_KEY] == stored

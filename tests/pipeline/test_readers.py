@@ -18,10 +18,11 @@ from pipeline.assets import Asset
 from pipeline.config import ArchiveSettings
 from pipeline.errors import SourceChanged
 from pipeline.ids import sha256_hex
-from pipeline.readers import NEAR_BYTES, UnitRows, read_units
+from pipeline.readers import NEAR_BYTES, PICTURE_SIGNATURES, UnitRows, read_units
 from pipeline.shard_index import ShardIndex, index_files, index_parquet, index_tar
 from pipeline.storage_local import LocalStore
 from pipeline.units import RowRange, group_units
+from tests.pipeline import images
 from tests.pipeline.archives import flip, image_array, photo, photos, write_folder, write_parquet, write_tar
 
 
@@ -85,11 +86,66 @@ def test_a_null_struct_has_no_bytes(tmp_path: Path) -> None:
 
 
 def test_named_columns(tmp_path: Path) -> None:
-    path = write_parquet(tmp_path / "a.parquet", [b"decoy"] * 3, {"other": image_array(photos(3)), "key": [7, 8, None]})
+    decoys = [b"decoy", b"of", b"bytes"]
+    other = image_array(photos(3))
+    path = write_parquet(tmp_path / "a.parquet", decoys, {"other": other, "key": [7, 8, None]}, form="binary")
     units = read(*indexed(path, image_column="other", id_column="key"))
     assert [asset.data for asset in assets(units)] == photos(3)
     assert [asset.asset_id for asset in assets(units)] == ["7", "8", "a.parquet#000002"]
     assert units[0].customer.column_names == ["image", "key"]
+    assert column(units, "image") == decoys
+
+
+PICTURES = [
+    *(images.plain(format) for format in ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP")),
+    images.save(images.picture(), "TIFF", big_tiff=False, tiffinfo={270: "x"}),
+    b"\0\0\0\x20ftypavif\0\0",
+    b"\0\0\0\x18ftypheic\0\0",
+    b"\xff\x0a\xfa",
+    b"\0\0\0\x0cJXL \r\n",
+]
+HARMLESS = [b"", None, b"\0\0\0\x20", b"GIF", bytes(100), b"%PDF-1.7", b"x" + PICTURES[0]]
+
+
+def test_every_kind_of_picture_is_known() -> None:
+    assert all(data.startswith(PICTURE_SIGNATURES) for data in PICTURES)
+    assert not any(data.startswith(PICTURE_SIGNATURES) for data in HARMLESS if data is not None)
+
+
+@pytest.mark.parametrize("kind", ["binary", "large_binary", "tar"])
+@pytest.mark.parametrize("choice", ["refuse", "drop", "keep"])
+def test_pictures_in_binary_values(tmp_path: Path, kind: str, choice: str) -> None:
+    beside = [*PICTURES, *HARMLESS]
+    rows = len(beside)
+    if kind == "tar":
+        members = [(f"{n:02d}.png", photo(n)) for n in range(rows)]
+        members += [(f"{n:02d}.bin", data) for n, data in enumerate(beside) if data is not None]
+        path = write_tar(tmp_path / "a.tar", members)
+    else:
+        extra = {"bin": pa.array(beside, getattr(pa, kind)()), "n": range(rows)}
+        path = write_parquet(tmp_path / "a.parquet", photos(rows), extra)
+    units = read(*indexed(path, other_images=choice))
+    found = assets(units)
+    assert [asset.row for asset in found] == list(range(rows))
+    assert [asset.data for asset in found] == photos(rows)
+    hidden: list[bytes | None] = [None] * len(PICTURES)
+    assert column(units, "bin") == [*(PICTURES if choice == "keep" else hidden), *HARMLESS]
+    failed = [asset.row for asset in found if asset.failure is not None]
+    assert failed == (list(range(len(PICTURES))) if choice == "refuse" else [])
+    for asset in found[: len(failed)]:
+        assert asset.failure is not None
+        assert asset.failure.stage == "fetch"
+        assert asset.failure.message == "column bin holds a picture, unprotected; use --other-images drop or keep"
+    if kind != "tar":
+        assert column(units, "n") == list(range(rows))
+
+
+def test_a_row_without_an_image_keeps_its_own_reason(tmp_path: Path) -> None:
+    extra = {"bin": pa.array([photo(1), b"x"], pa.binary())}
+    found = assets(read(*indexed(write_parquet(tmp_path / "a.parquet", [None, photo(2)], extra))))
+    assert found[0].failure is not None
+    assert found[0].failure.message == "there are no image bytes here"
+    assert found[1].failure is None
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -8,15 +8,16 @@ from typing import Any
 
 import pytest
 
+from pipeline import run as run_module
 from pipeline.config import JobConfig, RunSettings
 from pipeline.errors import BindingConflict, FatalWorkerError, UserError
-from pipeline.manifest import committed_shards
+from pipeline.manifest import Commits, read_commits
 from pipeline.run import SAME_ERROR_ROWS, Tally, cut_waves, open_units, preflight, prepare
 from pipeline.storage_local import LocalStore
 from pipeline.units import RowRange
 from pipeline.worker import Receipt, load_units, store_unit
-from tests.pipeline.archives import photo, photos, write_folder, write_parquet
-from tests.pipeline.local_job import data_table, job_config, protect_shard, run_job, tree
+from tests.pipeline.archives import image_array, photo, photos, write_folder, write_parquet
+from tests.pipeline.local_job import commit, data_table, job_config, protect_shard, ready, run_job, tree
 
 
 @pytest.fixture
@@ -67,6 +68,51 @@ def test_another_configuration_is_refused(archive: Path, tmp_path: Path) -> None
         prepare(job_config(archive, tmp_path / "out", method={"eps": 6}))
 
 
+def test_a_dry_run_checks_the_binding(archive: Path, tmp_path: Path) -> None:
+    prepare(job_config(archive, tmp_path / "out"))
+    before = tree(tmp_path / "out")
+    with pytest.raises(BindingConflict, match=r"method\.config\.eps_levels: 4\.0 -> 6\.0"):
+        prepare(job_config(archive, tmp_path / "out", method={"eps": 6}), dry_run=True)
+    assert tree(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_a_source_that_cannot_be_planned_binds_nothing(tmp_path: Path, dry_run: bool) -> None:
+    write_parquet(tmp_path / "in" / "a.parquet", photos(2), {"img": image_array(photos(2))})
+    with pytest.raises(UserError, match=r"several could be the image \(image, img\); name it with --image-column"):
+        prepare(job_config(tmp_path / "in", tmp_path / "out"), dry_run=dry_run)
+    assert tree(tmp_path / "out") == {}
+    with pytest.raises(UserError, match=r"img hold further pictures.*--other-images drop"):
+        prepare(job_config(tmp_path / "in", tmp_path / "out", archive={"image_column": "image"}), dry_run=dry_run)
+    assert tree(tmp_path / "out") == {}
+    settings = {"image_column": "image", "other_images": "drop"}
+    assert len(run_job(job_config(tmp_path / "in", tmp_path / "out", archive=settings)).manifests) == 1
+
+
+def test_the_plan_is_made_again_when_the_destination_moved_on(
+    archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = job_config(archive, tmp_path / "out")
+    job, plan = ready(config)
+    (archive / "3.png").unlink()
+    write_folder(archive, {"3.png": photo(33, side=30)})
+    publish_plan = run_module.publish_plan
+    answers: list[bool] = []
+
+    def late(destination: Any, wanted: Any) -> bool:
+        if not answers:
+            commit(job, plan)  # just now
+        answers.append(publish_plan(destination, wanted))
+        return answers[-1]
+
+    monkeypatch.setattr(run_module, "publish_plan", late)
+    _, anew = prepare(config)
+    assert answers == [False, True]
+    assert anew.shards[0] == plan.shards[0]
+    assert anew.superseded == {plan.shards[0].shard_id: ["3.png"]}
+    assert anew.indexes == {}  # they may be large
+
+
 def test_a_store_without_conditions_is_refused(archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def overwrite(store: LocalStore, key: str, data: bytes) -> Any:
         return store._rename(key, store._path(key), data, newer_than_ns=0)
@@ -86,8 +132,11 @@ def waves_of(config: JobConfig) -> tuple[list[list[tuple[str, ...]]], list[list[
     return units, [[shard.shard_id for shard in complete] for _, complete in waves], tally
 
 
-@pytest.mark.parametrize("wave_units", [1, 2, 3, 4, 100])
-def test_waves_are_bounded_and_complete(archive: Path, tmp_path: Path, wave_units: int) -> None:
+@pytest.mark.parametrize(("wave_units", "bundle"), [(1, 1), (2, 1), (3, 1), (4, 2), (4, 8), (6, 8), (100, 8)])
+def test_waves_are_bounded_and_complete(
+    archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wave_units: int, bundle: int
+) -> None:
+    monkeypatch.setattr("pipeline.units.BUNDLE", bundle)
     run = {"wave_units": wave_units}
     config = job_config(archive, tmp_path / "out", archive={"files_per_shard": 4, "unit_assets": 1}, run=run)
     waves, complete, tally = waves_of(config)
@@ -96,8 +145,9 @@ def test_waves_are_bounded_and_complete(archive: Path, tmp_path: Path, wave_unit
         name for s in plan.shards for group in open_units(job.destination(), s, job.config_fp) for name, _ in group
     ]
     assert [name for wave in waves for units in wave for name in units] == wanted
-    assert all(sum(map(len, wave)) <= wave_units for wave in waves)
-    assert len(waves) == -(-10 // wave_units)
+    assert all(len(wave) == 1 or sum(map(len, wave)) <= wave_units for wave in waves)
+    assert len(waves) == -(-10 // wave_units) or bundle > 1
+    assert len(waves) > 1 or wave_units == 100
     assert [name for names in complete for name in names] == [shard.shard_id for shard in plan.shards]
     last = {name: number for number, wave in enumerate(waves) for units in wave for name in units}
     for number, names in enumerate(complete):  # no shard is complete before its last unit's wave
@@ -122,13 +172,13 @@ def test_a_resumed_run_does_what_is_left(archive: Path, tmp_path: Path) -> None:
         f"{open_part(config, plan.shards[0].shard_id)}.parquet"
     ).unlink()
     waves, complete, tally = waves_of(config)
-    assert [[len(units) for units in wave] for wave in waves] == [[1, 1, 1, 1]]
+    assert [[len(units) for units in wave] for wave in waves] == [[1, 3]]
     assert tally.resumed == 5 - 2
     assert complete == [[shard.shard_id for shard in plan.shards]]
     assert protect_shard(job, plan.shards[0])[0].protected == 2
     assert protect_shard(job, plan.shards[0]) == []
     waves, complete, tally = waves_of(config)
-    assert (len(waves[0]), tally.resumed) == (3, 5)
+    assert ([len(units) for units in waves[0]], tally.resumed) == ([3], 5)
 
 
 def open_part(config: JobConfig, shard_id: str) -> str:
@@ -159,7 +209,7 @@ def test_open_units_are_those_without_a_part(archive: Path, tmp_path: Path) -> N
         return [rows for group in open_units(job.destination(), shard, job.config_fp) for _, rows in group]
 
     assert ranges() == [(0, 4), (4, 8), (8, 10)]
-    second = open_units(job.destination(), shard, job.config_fp)[1][0][0]
+    second = open_units(job.destination(), shard, job.config_fp)[0][1][0]
     (unit,) = load_units(job, shard, [second])
     for asset in unit.assets:
         asset.delta = asset.view.astype("int8") * 0 if asset.view is not None else None
@@ -169,7 +219,8 @@ def test_open_units_are_those_without_a_part(archive: Path, tmp_path: Path) -> N
 
 def receipt(protected: int = 0, **errors: int) -> Receipt:
     names = [name for name, count in errors.items() for _ in range(count)]
-    return Receipt(shard_id="s", unit_id="u", protected=protected, quarantined=names)
+    example = f"7.png: too {names[0]}" if names else ""
+    return Receipt(shard_id="s", unit_id="u", protected=protected, quarantined=names, example=example)
 
 
 def test_the_tally_counts() -> None:
@@ -184,7 +235,7 @@ def test_the_tally_counts() -> None:
 def test_one_error_over_and_over_stops_the_run() -> None:
     tally = Tally(run=RunSettings(), assets=1000)
     tally.add(receipt(A=SAME_ERROR_ROWS - 1, B=SAME_ERROR_ROWS - 1))
-    with pytest.raises(FatalWorkerError, match=f"{SAME_ERROR_ROWS} assets failed with A"):
+    with pytest.raises(FatalWorkerError, match=rf"{SAME_ERROR_ROWS} assets failed with A.*the last is 7\.png: too A"):
         tally.add(receipt(A=1))
 
 
@@ -222,4 +273,5 @@ def test_an_archive_that_grows_and_changes(archive: Path, tmp_path: Path) -> Non
     assert {key: after[key] for key in before if key != "_SUCCESS.json"} == {
         key: data for key, data in before.items() if key != "_SUCCESS.json"
     }
-    assert committed_shards(outcome.job.destination()) == {manifest.shard_id for manifest in outcome.manifests}
+    committed = {manifest.shard_id for manifest in outcome.manifests}
+    assert read_commits(outcome.job.destination()) == Commits(committed, set())

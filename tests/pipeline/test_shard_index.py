@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from pipeline.config import ArchiveSettings
+from pipeline.config import ArchiveSettings, OtherImages
 from pipeline.shard_index import (
     ShardIndex,
     UnreadableShard,
@@ -22,7 +22,7 @@ from pipeline.shard_index import (
     kind_of,
 )
 from pipeline.storage_local import LocalStore
-from tests.pipeline.archives import HF_TYPE, photo, photos, write_folder, write_parquet, write_tar
+from tests.pipeline.archives import HF_TYPE, image_array, photo, photos, write_folder, write_parquet, write_tar
 
 SETTINGS = ArchiveSettings(unit_assets=4)
 
@@ -32,9 +32,9 @@ def parquet_index(path: Path, settings: ArchiveSettings = SETTINGS) -> ShardInde
     return index_parquet(store, store.info(path.name), settings)
 
 
-def tar_index(path: Path) -> ShardIndex:
+def tar_index(path: Path, settings: ArchiveSettings = SETTINGS) -> ShardIndex:
     store = LocalStore(str(path.parent))
-    return index_tar(store, store.info(path.name), SETTINGS)
+    return index_tar(store, store.info(path.name), settings)
 
 
 @pytest.mark.parametrize(
@@ -160,6 +160,43 @@ def test_an_id_column_of_text_is_not_stored_twice(tmp_path: Path) -> None:
     assert parquet_index(write_parquet(tmp_path / "a.parquet", photos(2), {"asset_id": ids})).schema.names == []
     numbers = write_parquet(tmp_path / "b.parquet", photos(2), {"asset_id": [1, 2]})
     assert parquet_index(numbers).schema.names == ["asset_id"]  # its type would be lost
+
+
+def beside(other_images: OtherImages) -> ArchiveSettings:
+    return ArchiveSettings(image_column="image", other_images=other_images)
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_further_columns_of_pictures(tmp_path: Path, listed: bool) -> None:
+    views = image_array(photos(2))
+    extra = {"view": pa.array([[v] for v in views.to_pylist()], pa.list_(HF_TYPE)) if listed else views, "n": [1, 2]}
+    path = write_parquet(tmp_path / "a.parquet", photos(2), {"mask": image_array(photos(2)), **extra})
+    with pytest.raises(UnreadableShard, match=r"a\.parquet: mask, view hold further pictures.*drop.*keep"):
+        parquet_index(path, beside("refuse"))
+    assert parquet_index(path, beside("drop")).schema.names == ["n"]
+    kept = parquet_index(path, beside("keep"))
+    assert (kept.schema.names, kept.other_images) == (["mask", "view", "n"], "keep")
+
+
+@pytest.mark.parametrize("choice", ["refuse", "drop", "keep"])
+def test_binary_columns_are_judged_row_by_row(tmp_path: Path, choice: OtherImages) -> None:
+    path = write_parquet(tmp_path / "a.parquet", photos(2), {"raw": image_array(photos(2), "binary")})
+    assert parquet_index(path, beside(choice)).schema.names == ["raw"]
+
+
+@pytest.mark.parametrize("name", ["a.gif", "a.HEIC", "a.depth.bmp", "a.svg"])
+def test_pictures_beside_the_image_of_a_tar(tmp_path: Path, name: str) -> None:
+    path = write_tar(tmp_path / "t.tar", [("a.png", photo()), ("a.txt", b"x"), (name, b"x"), ("lonely.gif", b"x")])
+    column = name.partition(".")[2]
+    with pytest.raises(UnreadableShard, match=f"t.tar: {column} hold further pictures"):
+        tar_index(path, beside("refuse"))
+    assert tar_index(path, beside("drop")).schema.names == ["txt"]
+    assert tar_index(path, beside("keep")).schema.names == sorted(["txt", column])
+
+
+def test_pictures_of_no_sample_do_not_matter(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "t.tar", [("a.png", photo()), ("lonely.gif", b"x")])
+    assert tar_index(path).schema.names == []
 
 
 @pytest.mark.parametrize("content", [b"", b"PAR1", b"no parquet at all, but some bytes PAR1"])

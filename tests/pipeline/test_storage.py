@@ -160,6 +160,28 @@ def test_secrets_are_refused_and_never_shown() -> None:
     assert public_url("s3://bkt/a?b@c") == "s3://bkt/a?b@c"
 
 
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("simplecache::https://host/a?sig=AKIA", "simplecache::https://host/a"),
+        ("https://host/a?date=12:30&sig=AKIA", "https://host/a"),
+        ("HTTPS://host/a?sig=AKIA", "HTTPS://host/a"),
+        ("https://host/a?date=12:30&sig=AKIA::https://host/b?sig=AKIA", "https://host/a::https://host/b"),
+        ("zip://a.png::https://me:hunter2@host/b.zip?sig=AKIA", "zip://a.png::https://host/b.zip"),
+        ("zip://a?b.png::s3://bkt/c.zip", "zip://a?b.png::s3://bkt/c.zip"),
+    ],
+)
+def test_chained_urls_show_no_secrets(url: str, shown: str) -> None:
+    assert public_url(url) == shown
+
+
+@pytest.mark.parametrize("url", ["simplecache::https://host/a?sig=hunter2", "zip://x::https://me:hunter2@host/b.zip"])
+def test_secrets_in_chained_urls_are_refused(url: str) -> None:
+    with pytest.raises(UserError, match="was given with a password or a query in the URL") as caught:
+        open_store(url, StorageOptions())
+    _one_line(caught.value)
+
+
 def test_unknown_protocol() -> None:
     with pytest.raises(UserError, match="nonsense"):
         open_store("nonsense://x", StorageOptions())

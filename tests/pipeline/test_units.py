@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.config import ArchiveSettings
-from pipeline.units import RowRange, cut_units, group_units
+from pipeline.units import BUNDLE, RowRange, cut_units, group_units
 
 
 def settings(unit_assets: int = 16, unit_bytes: int = 10_000_000) -> ArchiveSettings:
@@ -54,5 +54,10 @@ def test_group_units_keeps_order_and_row_groups(data: st.DataObject) -> None:
     assert len({found.pop() for found in homes}) == len(groups)
 
 
-def test_archives_read_asset_by_asset_are_not_grouped() -> None:
-    assert group_units([(0, 2), (5, 6)], []) == [[(0, 2)], [(5, 6)]]
+@given(st.integers(0, 40))
+def test_archives_read_asset_by_asset_come_in_bundles(count: int) -> None:
+    units = [(row, row + 1) for row in range(0, 2 * count, 2)]
+    groups = group_units(units, [])
+    assert [unit for group in groups for unit in group] == units
+    assert all(len(group) == BUNDLE for group in groups[:-1])
+    assert all(1 <= len(group) <= BUNDLE for group in groups)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,18 @@ from pipeline.job import Job
 from pipeline.parts import PARQUET_OPTIONS
 from pipeline.plan import Shard
 from pipeline.run import prepare
+from pipeline.scale import to_training_scale
 from pipeline.verify.check import measure_check, prepare_checks, sampled_rows, stored_checks
 from pipeline.verify.purify import PURIFIERS
 from pipeline.verify.report import read_verification, write_verification
 from pipeline.verify.sample import choose_sample
 from pipeline.verify.statistics import survival
 from pipeline.worker import Optimizer
+from tests.pipeline import images
 from tests.pipeline.archives import photo, write_folder
 from tests.pipeline.local_job import check_shard, commit, job_config, part_rows, protect_shard, ready
 
+MEASURED = ["none", *(scaled for name in PURIFIERS for scaled in (name, f"{name}@training-scale"))]
 NAMES = [f"asset-{number}" for number in range(200)]
 
 
@@ -83,6 +87,32 @@ def test_survival_by_hand() -> None:
     assert survival(images) == survival(images)
 
 
+def test_the_interval_does_not_hang_on_other_purifiers() -> None:
+    random = np.random.default_rng(1)
+    images = [{name: [0.0, float(random.normal(2, 1))] for name in ("jpeg", "none", "blur")} for _ in range(20)]
+    together = {item.purifier: item for item in survival(images)}
+    alone = {item.purifier: item for item in survival([{k: i[k] for k in ("none", "blur")} for i in images])}
+    assert together["blur"] == alone["blur"]
+    assert together["none"].low == together["none"].high == 1.0
+    assert survival(images, seed=1) != survival(images)
+
+
+def test_resamples_without_a_gain_are_left_out() -> None:
+    images = [{"none": [0.0, 1.0], "jpeg": [0.0, 0.5]}, {"none": [0.0, -0.9], "jpeg": [0.0, 0.0]}]
+    found = {item.purifier: item for item in survival(images)}
+    assert found["jpeg"].share == pytest.approx(0.5 / 0.1)
+    assert (found["jpeg"].low, found["jpeg"].high) == pytest.approx((0.5, 5.0))
+
+
+def test_the_bootstrap_holds_one_resample_in_memory() -> None:
+    images = [{"none": [0.0, 1.0 + n % 3], "jpeg": [0.0, 1.0]} for n in range(2000)]
+    tracemalloc.start()
+    survival(images)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2_000_000  # all 2000 resamples at once would be 32 MB of indices
+
+
 def test_survival_without_enough_to_go_on() -> None:
     assert survival([]) == []
     (one,) = survival([{"none": [1.0, 2.0]}])
@@ -113,9 +143,10 @@ def test_a_check_measures_every_cell_on_stored_bytes(stored: tuple[Job, Shard]) 
         result = measure_check(optimizer, check)
         for asset in check.assets:
             seen.append(asset.row)
-            assert asset.cells.keys() == {"none", *PURIFIERS}
+            assert asset.cells.keys() == {"none", *PURIFIERS, *(f"{name}@training-scale" for name in PURIFIERS)}
             row = rows[asset.row]
-            assert (asset.asset_id, asset.seed) == (row["asset_id"], row["seed"])
+            assert (asset.protected_sha256, asset.seed) == (row["protected_sha256"], row["seed"])
+            assert result["rows"][str(asset.row)]["protected_sha256"] == row["protected_sha256"]
             clean, left = asset.cells["none"]
             np.testing.assert_array_equal(left, np.asarray(Image.open(io.BytesIO(row["image"]["bytes"]))))
             np.testing.assert_array_equal(asset.cells["jpeg75"][1], PURIFIERS["jpeg75"](left))
@@ -131,6 +162,12 @@ def test_checks_are_stored_once(stored: tuple[Job, Shard]) -> None:
     check_shard(job, shard)
     found = stored_checks(job.destination(), shard)
     assert sorted(found) == [0, 1, 2, 3, 4]
+    for row in part_rows(job, shard):
+        if row["status"] == "protected":
+            check = found[row["row"]]
+            assert check.key == f"checks/{shard.shard_id}/{row['unit_id']}.json"
+            assert check.protected_sha256 == row["protected_sha256"]
+            assert check.objective.keys() == set(MEASURED)
     assert list(prepare_checks(job, shard)) == []
     check_shard(job, shard)
     assert stored_checks(job.destination(), shard) == found
@@ -188,5 +225,22 @@ def test_the_report_holds_the_totals(tmp_path: Path) -> None:
     document = json.loads((tmp_path / "out" / key).read_bytes())
     assert document["sampled"] == 4
     assert [entry["sampled"] for entry in document["shards"].values()] == [2, 2]
-    assert [item.images for item in totals] == [4, 4, 4]
+    assert {item.purifier: item.images for item in totals} == dict.fromkeys(MEASURED, 4)
     assert read_verification(job.destination(), key) == totals
+
+
+def test_a_large_image_is_purified_at_both_scales(tmp_path: Path) -> None:
+    files = {"big.png": images.save(Image.fromarray(images.samples(540, 600)), "PNG")}
+    job, plan = prepare(job_config(write_folder(tmp_path / "in", files), tmp_path / "out"))
+    protect_shard(job, plan.shards[0])
+    (check,) = prepare_checks(job, plan.shards[0])
+    (asset,) = check.assets
+    (row,) = part_rows(job, plan.shards[0])
+    full = np.asarray(Image.open(io.BytesIO(row["image"]["bytes"])))
+    small = to_training_scale(full, job.base_size)
+    assert max(small.shape) < 600
+    np.testing.assert_array_equal(asset.cells["none"][1], small)
+    for name, purify in PURIFIERS.items():
+        np.testing.assert_array_equal(asset.cells[name][1], to_training_scale(purify(full), job.base_size))
+        np.testing.assert_array_equal(asset.cells[f"{name}@training-scale"][1], purify(small))
+        assert not np.array_equal(asset.cells[name][1], asset.cells[f"{name}@training-scale"][1])

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import math
+import platform
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
 
 from pipeline.decode import DecodeLimits, decode
 from pipeline.encode import measure
+from pipeline.errors import FatalWorkerError
 from pipeline.fuse import begin
 from pipeline.ids import asset_seed, sha256_hex
 from pipeline.job import Job
+from pipeline.parts import build_part
 from pipeline.plan import Plan, Shard
 from pipeline.run import open_units, prepare
 from pipeline.worker import Optimizer, load_units, store_unit
@@ -133,28 +139,138 @@ def test_isolation_gives_the_same_pixels(tmp_path: Path) -> None:
     calm = protected(tmp_path / "calm", files, run={"batch_size": 4})
     job, _, shard = prepared(tmp_path / "ill", files, run={"batch_size": 4})
     ((unit, _),) = open_units(job.destination(), shard, job.config_fp)[0]
-    begin(job.destination(), unit, job.run_id, max_deaths=9)  # a worker that died
+    begin(job.destination(), f"attempts/{unit}", job.run_id, max_deaths=9)  # a worker that died
     protect_shard(job, shard)
     rows = {row["asset_id"]: row for row in part_rows(job, shard)}
     assert pixel_hashes(rows) == pixel_hashes(calm)
     assert {row["attempt"] for row in rows.values()} == {1}
     marks = [key for key in tree(tmp_path / "ill" / "out") if key.startswith(f"attempts/{unit}/{job.run_id}/01-row-")]
-    assert len(marks) == 4
+    assert len(marks) == 5  # each image, and that the last one survived
 
 
 def test_an_image_that_kills_its_worker_is_set_aside(tmp_path: Path) -> None:
     job, _, shard = prepared(tmp_path, {f"{n}.png": photo(n) for n in range(4)})
     ((unit, _),) = open_units(job.destination(), shard, job.config_fp)[0]
-    begin(job.destination(), unit, job.run_id, max_deaths=9)
+    begin(job.destination(), f"attempts/{unit}", job.run_id, max_deaths=9)
     for _ in range(2):
-        attempt = begin(job.destination(), unit, job.run_id, max_deaths=9)
+        attempt = begin(job.destination(), f"attempts/{unit}", job.run_id, max_deaths=9)
         for row in range(3):
-            attempt.mark(row)
+            attempt.enter(row)
     (receipt,) = protect_shard(job, shard)
     assert (receipt.protected, receipt.quarantined) == (3, ["CrashLoop"])
     rows = part_rows(job, shard)
     assert [row["error_type"] for row in rows] == [None, None, "CrashLoop", None]
     assert [row["stage"] for row in rows] == [None, None, "protect", None]
+    assert receipt.example == "2.png: the worker died twice on this image"
+
+
+@pytest.mark.parametrize(("prefix", "stage"), [("loads", "decode"), ("stores", "encode")])
+def test_an_image_that_kills_the_stages_around_is_set_aside(tmp_path: Path, prefix: str, stage: str) -> None:
+    job, _, shard = prepared(tmp_path, {f"{n}.png": photo(n) for n in range(4)})
+    ((unit, _),) = open_units(job.destination(), shard, job.config_fp)[0]
+    begin(job.destination(), f"{prefix}/{unit}", job.run_id)
+    for _ in range(2):
+        attempt = begin(job.destination(), f"{prefix}/{unit}", job.run_id)
+        for row in range(2):
+            attempt.enter(row)
+    (receipt,) = protect_shard(job, shard)
+    assert (receipt.protected, receipt.quarantined) == (3, ["CrashLoop"])
+    rows = part_rows(job, shard)
+    assert [(row["stage"], row["error_type"]) for row in rows] == [
+        (None, None),
+        (stage, "CrashLoop"),
+        (None, None),
+        (None, None),
+    ]
+    assert {row["attempt"] for row in rows} == {0}  # the optimizer's count
+
+
+def test_results_that_are_lost_blame_no_image(tmp_path: Path) -> None:
+    job, _, shard = prepared(tmp_path, {f"{n}.png": photo(n) for n in range(3)})
+    ((name, _),) = open_units(job.destination(), shard, job.config_fp)[0]
+    optimizer = Optimizer(job, "cpu")
+    for _ in range(4):  # Ray repeats whatever led to a result that it has lost
+        (unit,) = load_units(job, shard, [name])
+        receipt = store_unit(job, optimizer.protect(unit))
+        assert (receipt.protected, receipt.quarantined, receipt.example) == (3, [], "")
+
+
+def test_views_stay_behind(tmp_path: Path) -> None:
+    files = {"a.png": photo(1), "b.png": photo(2, marker=7), "c.png": b"no"}
+    job, _, shard = prepared(tmp_path, files, method={"overrides": {"raise_on": 7}})
+    ((name, _),) = open_units(job.destination(), shard, job.config_fp)[0]
+    (unit,) = load_units(job, shard, [name])
+    assert [asset.view is None for asset in unit.assets] == [False, False, True]
+    assert [asset.view is None for asset in Optimizer(job, "cpu").protect(unit).assets] == [True, True, True]
+
+
+def test_rows_say_where_they_were_made(tmp_path: Path) -> None:
+    rows = protected(tmp_path, {"a.png": photo(1), "b.png": b"no"})
+    good, bad = rows["a.png"], rows["b.png"]
+    assert (good["device"], good["torch_version"]) == (f"cpu {platform.machine()}", version("torch"))
+    assert (bad["device"], bad["torch_version"]) == (None, None)
+
+
+class Short:
+    """Stands for the protector's work on a device whose memory some images do not fit into."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, error: type[Exception], fits: set[int], most: int) -> None:
+        work = FakeProtector._perturb
+
+        def perturb(protector: FakeProtector, batch: Batch, progress: Any) -> torch.Tensor:
+            markers = {round(float(image[0, 0, 0]) * 255) for image in batch.originals}
+            self.batches.append(len(batch.originals))
+            if len(batch.originals) > most or not markers <= fits:
+                raise error("no memory left")
+            return work(protector, batch, progress)
+
+        self.batches: list[int] = []
+        monkeypatch.setattr(FakeProtector, "_perturb", perturb)
+
+
+@pytest.mark.parametrize("batch_size", [1, 8])
+@pytest.mark.parametrize("error", [MemoryError, torch.cuda.OutOfMemoryError])
+def test_a_device_without_memory_stops_the_run_before_anything_is_stored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception], batch_size: int
+) -> None:
+    job, _, shard = prepared(tmp_path, {f"{n}.png": photo(n) for n in range(6)}, run={"batch_size": batch_size})
+    Short(monkeypatch, error=error, fits=set(), most=8)
+    with pytest.raises(FatalWorkerError, match=r"ran out of memory on 3 single images in a row \(no memory left\)"):
+        protect_shard(job, shard)
+    assert list(job.destination().list("parts/")) == []
+
+
+def test_memory_errors_add_up_over_units(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job, _, shard = prepared(tmp_path, {f"{n}.png": photo(n) for n in range(4)}, archive={"unit_assets": 2})
+    Short(monkeypatch, error=MemoryError, fits=set(), most=8)
+    with pytest.raises(FatalWorkerError, match="ran out of memory"):
+        protect_shard(job, shard)
+    assert len(list(job.destination().list("parts/"))) == 1
+
+
+def test_a_batch_that_is_too_large_is_halved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {f"{n}.png": photo(n) for n in range(6)}
+    calm = protected(tmp_path / "calm", files)
+    short = Short(monkeypatch, error=torch.cuda.OutOfMemoryError, fits={200}, most=2)
+    rows = protected(tmp_path / "short", files, run={"batch_size": 6})
+    assert pixel_hashes(rows) == pixel_hashes(calm)
+    assert short.batches == [6, 3, 1, 2, 3, 1, 2]
+
+
+def test_single_images_that_are_too_large_are_set_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {f"{n}.png": photo(n, marker=200 if n % 3 == 2 else 7) for n in range(6)}  # never three in a row
+    Short(monkeypatch, error=MemoryError, fits={200}, most=8)
+    rows = protected(tmp_path, files)
+    assert [row["error_type"] for row in rows.values()] == ["MemoryError", "MemoryError", None] * 2
+
+
+def test_a_lost_result_is_quarantined(tmp_path: Path) -> None:
+    job, _, shard = prepared(tmp_path, {"a.png": photo(1)})
+    ((name, _),) = open_units(job.destination(), shard, job.config_fp)[0]
+    (unit,) = load_units(job, shard, [name])
+    data = build_part(job, unit, begin(job.destination(), f"stores/{name}", job.run_id))
+    (row,) = pq.read_table(pa.BufferReader(data)).to_pylist()
+    assert (row["status"], row["error_type"]) == ("quarantined", "ProtectError")
 
 
 def test_native_resolution_works_in_tiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
