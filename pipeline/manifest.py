@@ -130,8 +130,9 @@ def publish_success(destination: Store, manifests: Sequence[Manifest], about: di
 
 
 def says(published: dict[str, Any], manifests: Iterable[str], superseded: dict[str, list[str]]) -> bool:
-    """Whether the published state lists these manifests, and this of what they supersede."""
-    return set(manifests) <= set(published["manifests"]) and bool(published["superseded"] == superseded)
+    """Whether the published state says this already, or comes from a run that knew more shards."""
+    ours, listed = set(manifests), set(published["manifests"])
+    return ours < listed or (ours == listed and bool(published["superseded"] == superseded))
 
 
 def _entry(destination: Store, manifest: Manifest) -> tuple[str, dict[str, Any]]:

@@ -21,9 +21,9 @@ from pipeline.units import RowRange
 PARQUET_BUFFER_BYTES = 1 << 20  # read a column chunk page by page, not whole
 NEAR_BYTES = 1 << 20  # members of a tar that lie closer than this come with one GET
 
-# JPEG, PNG, GIF, WebP and other RIFF, TIFF and raw files, BMP, JPEG XL, and the family of HEIC and AVIF.
+# JPEG, PNG, GIF, WebP and other RIFF, TIFF and raw files, JPEG XL, and the family of HEIC and AVIF.
 PICTURE_SIGNATURES = (
-    b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"RIFF", b"II*\0", b"MM\0*", b"BM", b"\xff\x0a", b"\0\0\0\x0cJXL ",
+    b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"RIFF", b"II*\0", b"MM\0*", b"\0\0\0\x0cJXL ",
     *(bytes([0, 0, 0, size]) + b"ftyp" for size in range(16, 64, 4)),
 )  # fmt: skip
 
@@ -56,6 +56,11 @@ def read_units(store: Store, index: ShardIndex, units: Sequence[RowRange]) -> It
         yield rows if index.other_images == "keep" else _without_pictures(rows, index.other_images)
 
 
+def _is_picture(value: bytes) -> bool:
+    bitmap = value.startswith(b"BM") and value[6:10] == bytes(4)  # two letters alone would hit random bytes
+    return bitmap or value.startswith(PICTURE_SIGNATURES)
+
+
 def _read_tars(store: Store, index: ShardIndex, units: Sequence[RowRange]) -> Iterator[UnitRows]:
     yield from (_read_tar(store, index, unit) for unit in units)
 
@@ -68,7 +73,7 @@ def _without_pictures(rows: UnitRows, other_images: OtherImages) -> UnitRows:
         if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
             continue
         values = customer.column(name).to_pylist()
-        pictures = [value is not None and value.startswith(PICTURE_SIGNATURES) for value in values]
+        pictures = [value is not None and _is_picture(value) for value in values]
         if not any(pictures):
             continue
         for asset, picture in zip(rows.assets, pictures, strict=True):

@@ -27,7 +27,7 @@ from tests.conftest import S3Proxy, S3Server, Verdict, make_bucket
 from tests.e2e.archives import fill, marked_pictures
 from tests.e2e.command import finished, fixative, job_file, meaning, running, starts, until
 
-pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster", "prefect_server"), pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster", "prefect_server"), pytest.mark.timeout(480)]
 ACTORS = 2
 UNITS = 6
 # Slow enough that both actors are within a unit when the run dies.

@@ -27,7 +27,7 @@ from tests.conftest import S3Proxy, S3Server, Verdict
 from tests.e2e.archives import fill, marked_pictures, parquet_file, picture
 from tests.e2e.command import FAKE, finished, fixative, job_file, meaning, running, starts, until
 
-pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster", "prefect_server"), pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster", "prefect_server"), pytest.mark.timeout(480)]
 NO_CHECK = {"check": {"fraction": 0, "min_per_shard": 0}}
 LOCAL = StorageOptions()
 

@@ -101,7 +101,6 @@ PICTURES = [
     images.save(images.picture(), "TIFF", big_tiff=False, tiffinfo={270: "x"}),
     b"\0\0\0\x20ftypavif\0\0",
     b"\0\0\0\x18ftypheic\0\0",
-    b"\xff\x0a\xfa",
     b"\0\0\0\x0cJXL \r\n",
 ]
 HARMLESS = [b"", None, b"\0\0\0\x20", b"GIF", bytes(100), b"%PDF-1.7", b"x" + PICTURES[0]]
