@@ -56,7 +56,8 @@ def read_units(store: Store, index: ShardIndex, units: Sequence[RowRange]) -> It
         yield rows if index.other_images == "keep" else _without_pictures(rows, index.other_images)
 
 
-def _is_picture(value: bytes) -> bool:
+def is_picture(value: bytes) -> bool:
+    """Whether bytes begin like a picture file."""
     bitmap = value.startswith(b"BM") and value[6:10] == bytes(4)  # two letters alone would hit random bytes
     return bitmap or value.startswith(PICTURE_SIGNATURES)
 
@@ -73,7 +74,7 @@ def _without_pictures(rows: UnitRows, other_images: OtherImages) -> UnitRows:
         if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
             continue
         values = customer.column(name).to_pylist()
-        pictures = [value is not None and _is_picture(value) for value in values]
+        pictures = [value is not None and is_picture(value) for value in values]
         if not any(pictures):
             continue
         for asset, picture in zip(rows.assets, pictures, strict=True):
