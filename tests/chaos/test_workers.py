@@ -4,7 +4,7 @@
    comes back as NaN are quarantined too; all others, those beside them in a unit included, are protected.
 2. Two runs on one destination both end well, with one manifest per shard and one ``_SUCCESS.json``.
 3. SIGTERM ends a run within 30 s with code 143 and one line, leaves no process; the same command goes on.
-4. A shard whose source is replaced meanwhile is not committed; the next run plans it anew.
+4. A shard whose source is replaced meanwhile is not committed; the next run abandons it and plans its source anew.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.inspection import quarantined_rows
-from pipeline.manifest import rows_of
+from pipeline.manifest import read_commits, rows_of
 from pipeline.storage import StorageOptions, get_json, open_store
 from tests.conftest import S3Proxy, S3Server, Verdict
 from tests.e2e.archives import fill, marked_pictures, parquet_file, picture
@@ -57,6 +57,7 @@ def test_exactly_the_ill_pictures_are_quarantined(death: str, tmp_path: Path) ->
     assert marks["000000003"] == 2
 
 
+@pytest.mark.slow
 def test_two_runs_on_one_destination(ray_cluster: str, prefect_server: str, prefect_home: Path, tmp_path: Path) -> None:
     source, destination = (open_store(str(tmp_path / name), LOCAL) for name in ("source", "destination"))
     pictures = list(marked_pictures().items())
@@ -114,6 +115,7 @@ def _last_state(home: Path) -> str:
         return str(database.execute(query).fetchone()[0])
 
 
+@pytest.mark.slow
 def test_a_source_that_changes_meanwhile_is_not_committed(
     s3_server: S3Server, s3_bucket: str, s3_proxy: S3Proxy, tmp_path: Path
 ) -> None:
@@ -141,3 +143,5 @@ def test_a_source_that_changes_meanwhile_is_not_committed(
     assert again.code == 0, again
     assert meaning(finished(destination)).keys() == {"a.png", "rows.parquet"}
     assert get_json(destination, "_SUCCESS.json")["rows_ok"] == 3
+    (abandoned,) = read_commits(destination).abandoned
+    assert any(destination.list(f"plans/index/{abandoned}.json"))

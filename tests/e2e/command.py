@@ -20,7 +20,7 @@ import psutil
 import yaml
 
 from flows import cli
-from pipeline.manifest import Manifest, success_manifests
+from pipeline.manifest import Manifest, read_commits, success_manifests
 from pipeline.storage import Store
 
 FAKE = "protectors.fake:FakeProtector"
@@ -159,7 +159,7 @@ def meaning(manifests: Iterable[Manifest]) -> dict[str, str]:
 
 
 def finished(store: Store) -> list[Manifest]:
-    """The manifests that ``_SUCCESS.json`` names; no other may exist."""
+    """The manifests that ``_SUCCESS.json`` names; no other shard may be committed."""
     manifests = list(success_manifests(store))
-    assert {item.key for item in store.list("manifests/")} == {manifest.key for manifest in manifests}
+    assert read_commits(store).committed == {manifest.shard_id for manifest in manifests}
     return manifests
