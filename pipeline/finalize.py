@@ -6,7 +6,6 @@ import hashlib
 import os
 import tempfile
 import uuid
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -24,13 +23,12 @@ from pipeline.manifest import Manifest, logical_hash
 from pipeline.parts import PARQUET_OPTIONS, RUNG, read_part
 from pipeline.plan import Shard, load_index, unit_ids
 from pipeline.schema import CHECK_TYPE, QUARANTINED, SCHEMA_VERSION, data_schema, output_name
-from pipeline.storage import Store, put_json_new
+from pipeline.storage import Store, put_json_new, stored_sha256
 from pipeline.units import RowRange
 from pipeline.verify.check import StoredCheck, sampled_rows, stored_checks
 from pipeline.verify.statistics import survival
 
 ROW_GROUP_BYTES = 64_000_000  # readers hold one row group in memory
-READ_BLOCK = 8 << 20
 
 
 def finalize_shard(job: Job, shard: Shard, customer: pa.Schema) -> Manifest:
@@ -215,19 +213,6 @@ def _store_file(destination: Store, path: Path, prefix: str, rows: int) -> dict[
     key = f"{prefix}-{digest[:12]}.parquet"
     with suppress(AlreadyExists):  # then it holds these bytes already, as its name says and the next lines prove
         destination.put_new_file(key, path)
-    if _stored_digest(destination, key) != digest:
+    if stored_sha256(destination, key) != digest:
         raise IntegrityError(f"{destination.url}/{key} does not hold what was written; delete it and run again")
     return {"key": key, "sha256": digest, "size": size, "rows": rows, "row_groups": footer.num_row_groups}
-
-
-def _stored_digest(destination: Store, key: str) -> str:
-    digest = hashlib.sha256()
-    for block in _blocks(destination, key):
-        digest.update(block)
-    return digest.hexdigest()
-
-
-def _blocks(destination: Store, key: str) -> Iterator[bytes]:
-    size = destination.info(key).size
-    for start in range(0, size, READ_BLOCK):
-        yield destination.get(key, start=start, length=min(READ_BLOCK, size - start))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +22,7 @@ from pipeline.manifest import (
     success_manifests,
 )
 from pipeline.plan import BINDING_KEY, Shard
-from pipeline.storage import Store, get_json
+from pipeline.storage import Store, get_json, stored_sha256
 
 EXAMPLES = 5
 
@@ -134,7 +133,7 @@ def verify_destination(destination: Store) -> list[dict[str, Any]]:
 
 def _verify_shard(destination: Store, manifest: Manifest) -> dict[str, Any]:
     for entry in (manifest.data, manifest.quarantine):
-        if entry is not None and _digest(destination, entry["key"]) != entry["sha256"]:
+        if entry is not None and stored_sha256(destination, entry["key"]) != entry["sha256"]:
             raise IntegrityError(f"{destination.url}/{entry['key']} does not match its manifest")
     identities: list[tuple[str | None, ...]] = []
     for row in rows_of(destination, manifest):
@@ -153,11 +152,3 @@ def _verify_shard(destination: Store, manifest: Manifest) -> dict[str, Any]:
         "logical_sha256": manifest.logical_sha256,
         "checked": "manifest, files, rows and pixels agree",
     }
-
-
-def _digest(destination: Store, key: str) -> str:
-    digest = hashlib.sha256()
-    with destination.open(key) as stream:
-        while block := stream.read(8 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -26,6 +27,7 @@ _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
 PARALLEL_REQUESTS = 16
+READ_BLOCK = 8 << 20
 _S3_SCHEMES = ("s3", "s3a")
 _LOCAL_SCHEMES = ("file", "local")
 WRITER_HINT = (
@@ -223,6 +225,14 @@ def put_json_new(store: Store, key: str, doc: Mapping[str, Any]) -> tuple[bool, 
         stored = get_json(store, key)
         return stored.get("writer_id") == doc["writer_id"], stored
     return True, _json_object(data, key)
+
+
+def stored_sha256(store: Store, key: str) -> str:
+    """SHA-256 of a stored object, read in blocks: objects may be larger than memory."""
+    digest = hashlib.sha256()
+    for start in range(0, store.info(key).size, READ_BLOCK):
+        digest.update(store.get(key, start=start, length=READ_BLOCK))
+    return digest.hexdigest()
 
 
 def in_parallel(work: Callable[[_Item], _Result], items: Iterable[_Item]) -> list[_Result]:
