@@ -15,7 +15,7 @@ import yaml
 from pydantic import ValidationError
 from rich.console import Console
 
-from flows import show
+from flows import models, show
 from pipeline.config import JobConfig, S3Settings
 from pipeline.errors import PipelineError, UserError
 from pipeline.run import preflight
@@ -32,6 +32,7 @@ app = typer.Typer(
         "130 or 143 interrupted, run the same command to go on."
     ),
 )
+app.add_typer(models.app, name="models")
 console = Console()
 errors = Console(stderr=True)
 

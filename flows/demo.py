@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from PIL import Image, ImageDraw
 from skimage import data as photographs
 from sklearn.datasets import load_sample_image
@@ -24,6 +25,7 @@ from pipeline.job import Job, destination_store, resolve
 from pipeline.manifest import rows_of, success_manifests
 from pipeline.plan import BINDING_KEY
 from pipeline.storage import get_json
+from protectors.reference.data import Photos
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -71,6 +73,13 @@ def _photographs() -> dict[str, Pixels]:
         "coins": photographs.coins(),
     }
     return {name: np.asarray(pixels, dtype=np.uint8) for name, pixels in named.items()}
+
+
+def demo_photos() -> Photos:
+    """The colour photographs of the demo, with captions, for a quick look at the reference models."""
+    photos = {name: pixels for name, pixels in _photographs().items() if pixels.ndim == 3}
+    images = [torch.from_numpy(pixels.copy()).permute(2, 0, 1).contiguous() for pixels in photos.values()]
+    return Photos(images, [f"a photo of a {name}" for name in photos])
 
 
 def _write_files(folder: Path, photos: dict[str, Pixels]) -> None:

@@ -14,6 +14,7 @@ ENTRY_POINT_GROUP = "fixative.protectors"
 
 _PROTECTORS = {
     "advdm": "protectors.advdm:AdvDM",
+    "mist": "protectors.mist:Mist",
     "photoguard": "protectors.photoguard:PhotoGuard",
 }
 

@@ -4,6 +4,8 @@ import hashlib
 from pathlib import Path
 
 NANO_SD = "nano-sd"
+NANO_DDPM = "nano-ddpm"
+NANO_EMBED = "nano-embed"
 
 # sha256 of every weight file. A protection is only reproducible against exactly these weights, so the digests
 # live in code, where a change is reviewed, and not beside the files, where it would change with them.

@@ -27,6 +27,12 @@ class Photos:
     def __len__(self) -> int:
         return len(self.images)
 
+    def spread(self, count: int) -> "Photos":
+        """At most `count` of them, evenly spread, because files are often sorted by class."""
+        count = min(count, len(self))
+        rows = [i * len(self) // count for i in range(count)]
+        return Photos([self.images[row] for row in rows], [self.captions[row] for row in rows])
+
 
 def is_held_out(asset_id: str) -> bool:
     """True for the fifth of all photographs that no reference model is ever trained on."""
@@ -52,11 +58,12 @@ def load_photos(parquet: Path, *, held_out: bool | None, limit: int | None = Non
     if limit is not None and limit < len(rows):
         rows = [rows[i * len(rows) // limit] for i in range(limit)]
     chosen = table.take(rows)
-    images = [_decode(image["bytes"]) for image in chosen.column("image").to_pylist()]
+    images = [decode_photo(image["bytes"]) for image in chosen.column("image").to_pylist()]
     return Photos(images, [caption or "" for caption in chosen.column("caption").to_pylist()])
 
 
-def _decode(data: bytes) -> Tensor:
+def decode_photo(data: bytes) -> Tensor:
+    """Pixels of an encoded photo, uint8 `(3, H, W)`."""
     with Image.open(io.BytesIO(data)) as image:
         pixels = np.array(image.convert("RGB"))
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
@@ -95,6 +102,9 @@ class CropRule:
 
     size: int
     scales: tuple[float, float] = (0.4, 1.0)
+    # How much longer than the other side a side of the crop may be; it is squeezed to the square. Objects that
+    # are wider than a photo is high are never seen whole with 1.
+    squeeze: float = 1.0
     # Largest change of brightness, contrast and saturation; 0 keeps the colours.
     colour: float = 0.1
 
@@ -103,9 +113,11 @@ def random_crop(image: Tensor, rule: CropRule, key: Sequence[int]) -> Tensor:
     """Cuts one random crop: float (3, size, size) in [0, 1]. The same key gives the same crop."""
     rng = np.random.default_rng([_CROP, *key])
     _, height, width = image.shape
-    side = max(8, round(min(height, width) * rng.uniform(*rule.scales)))
-    top, left = int(rng.integers(height - side + 1)), int(rng.integers(width - side + 1))
-    crop = resize(image[:, top : top + side, left : left + side], rule.size)
+    short = max(8, round(min(height, width) * rng.uniform(*rule.scales)))
+    long = round(short * rng.uniform(1, rule.squeeze))
+    tall, wide = (min(long, height), short) if height > width else (short, min(long, width))
+    top, left = int(rng.integers(height - tall + 1)), int(rng.integers(width - wide + 1))
+    crop = resize(image[:, top : top + tall, left : left + wide], rule.size)
     if rng.random() < 0.5:
         crop = crop.flip(-1)
     if rule.colour:
@@ -130,8 +142,8 @@ def centre_crop(image: Tensor, size: int) -> Tensor:
 
 
 def resize(crop: Tensor, size: int) -> Tensor:
-    """Resizes a uint8 square with an anti-aliased bicubic filter to float in [0, 1]."""
+    """Resizes uint8 pixels to a square with an anti-aliased bicubic filter, to float in [0, 1]."""
     pixels = crop.unsqueeze(0).float() / 255
-    if crop.shape[-1] == size:
+    if crop.shape[-2:] == (size, size):
         return pixels[0]
     return F.interpolate(pixels, size=(size, size), mode="bicubic", antialias=True, align_corners=False)[0].clamp(0, 1)

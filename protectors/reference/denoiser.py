@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from safetensors.torch import load_file, save_file
@@ -17,10 +16,9 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from protectors.reference.checkpoint import Cursor
 from protectors.reference.data import CropRule, Photos, order, random_crop
 from protectors.reference.geometry import TRAIN_STEPS, Geometry
-from protectors.reference.learner import Learner, rate_factor
+from protectors.reference.learner import Learner, rate_factor, step_generator
 from protectors.reference.noise import NoisePredictor, Probe, encode
 from protectors.reference.tokenizer import ADDED, IDENTIFIERS, build_tokenizer
-from protectors.reference.vae import step_generator
 
 _WORDS = 3  # first word of the seed sequence for changes to captions; data.py uses 1 and 2
 
@@ -30,11 +28,11 @@ def build_unet(geometry: Geometry) -> Any:
     levels = len(geometry.unet_channels) - 1
     return UNet2DConditionModel(
         sample_size=geometry.image_size // 8,
-        in_channels=4,
-        out_channels=4,
+        in_channels=geometry.latent_channels,
+        out_channels=geometry.latent_channels,
         block_out_channels=geometry.unet_channels,
         layers_per_block=1,
-        norm_num_groups=geometry.norm_groups,
+        norm_num_groups=geometry.unet_norm_groups,
         cross_attention_dim=geometry.text_width,
         attention_head_dim=geometry.heads,  # diffusers reads this as the number of heads, as in SD 1.x
         down_block_types=("CrossAttnDownBlock2D",) * levels + ("DownBlock2D",),
@@ -64,11 +62,14 @@ class SdPlan:
     """How denoiser and text encoder are trained."""
 
     # Updates in all; the learning rate reaches zero there.
-    steps: int = 6000
+    steps: int = 16000
     rate: float = 6e-4
-    batch: int = 16
+    batch: int = 24
     # Crops per photo whose latents are computed once; encoding anew each time would double the cost.
-    crops: int = 4
+    crops: int = 6
+    # Min-SNR weighting (https://arxiv.org/abs/2303.09556, gamma 5): fine detail, which is easy to predict at
+    # little noise and most of the uniform loss, does not crowd out shapes.
+    snr_gamma: float = 5.0
     # Share of empty prompts, for classifier-free guidance.
     unconditional: float = 0.1
     # Share of captions with a meaningless identifier put in, so that "sks dog" is no stranger to the model.
@@ -104,6 +105,7 @@ class SdTask:
         self._noise = NoisePredictor(self.unet, self.text_encoder, self.tokenizer, device=device, bf16=plan.bf16)
         self._captions, self._count = train.captions, len(train)
         self._probe = Probe.of(held_out, self.vae, geometry.image_size, device)
+        self._train_probe = Probe.of(train.spread(len(held_out)), self.vae, geometry.image_size, device)
         self._latents = self._cached_latents(
             train, geometry.image_size, work / f"latents-{_digest(vae_folder)}.safetensors"
         )
@@ -117,7 +119,8 @@ class SdTask:
         latents = self._latents[picks].float().to(self.device)
         noise = torch.randn(latents.shape, generator=generator).to(self.device)
         times = torch.randint(0, TRAIN_STEPS, (len(picks),), generator=generator).to(self.device)
-        loss = F.mse_loss(self._noise.predict(latents, noise, times, prompts), noise)
+        errors = (self._noise.predict(latents, noise, times, prompts) - noise).square().mean(dim=(1, 2, 3))
+        loss = (self._noise.min_snr_weights(times, self.plan.snr_gamma) * errors).mean()
         self.learner.update(loss, step=cursor.step, factor=rate_factor(cursor.step, self.steps))
         return loss.item(), len(picks)
 
@@ -131,19 +134,22 @@ class SdTask:
         return caption
 
     def held_out(self) -> dict[str, float]:
-        """Mean squared error of the noise predicted with averaged weights on held-out photos."""
+        """Mean squared error of the noise predicted with averaged weights, on held-out and on training photos."""
         with self.learner.averaged():
-            return {"held_out_loss": self._probe.loss(self._noise)}
+            return {
+                "held_out_loss": self._probe.loss(self._noise),
+                "train_loss": self._train_probe.loss(self._noise),
+            }
 
     def _cached_latents(self, photos: Photos, size: int, file: Path) -> Tensor:
-        """Returns scaled latents `(crops * photos, 4, h, w)`, computed once per work folder."""
-        shape = (self.plan.crops * len(photos), 4, size // 8, size // 8)
+        """Returns scaled latents `(crops * photos, C, h, w)`, computed once per work folder."""
+        shape = (self.plan.crops * len(photos), self.vae.config.latent_channels, size // 8, size // 8)
         if file.exists():
             stored: Tensor = load_file(file)["latents"]
             if stored.shape == shape:
                 return stored
         # Smaller crops than these would show only a part of what the caption names.
-        rule = CropRule(size, scales=(0.6, 1.0))
+        rule = CropRule(size, scales=(0.8, 1.0), squeeze=1.4)
         rounds = []
         for number in range(self.plan.crops):
             crops = [random_crop(image, rule, (number, place)) for place, image in enumerate(photos.images)]
@@ -156,6 +162,9 @@ class SdTask:
 
 
 def _digest(folder: Path) -> str:
-    """Names the autoencoder that latents belong to, so that those of another one are not taken for them."""
-    weights = (folder / "diffusion_pytorch_model.safetensors").read_bytes()
-    return hashlib.sha256(weights).hexdigest()[:12]
+    """Names the encoder that latents belong to, so that those of another one are not taken for them."""
+    total = hashlib.sha256()
+    for name, tensor in sorted(load_file(folder / "diffusion_pytorch_model.safetensors").items()):
+        if name.startswith(("encoder.", "quant_conv.")):
+            total.update(name.encode() + tensor.numpy().tobytes())
+    return total.hexdigest()[:12]

@@ -3,7 +3,8 @@
 import hashlib
 from pathlib import Path
 
-from diffusers import PNDMScheduler, StableDiffusionPipeline
+import torch
+from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline
 
 from protectors.reference.denoiser import SdTask
 from protectors.reference.geometry import SCHEDULE
@@ -11,14 +12,18 @@ from protectors.reference.tokenizer import save_vocabulary
 
 
 def save_pipeline(folder: Path, task: SdTask) -> None:
-    """Writes the pipeline with averaged weights in float16; `task` holds float16 models afterwards."""
+    """Completes a folder that holds `vae` to a pipeline, with averaged weights in float16.
+
+    The autoencoder is taken from the folder and not from `task`: its decoder may have been trained on meanwhile.
+    `task` holds float16 models afterwards.
+    """
     scheduler = PNDMScheduler(
         **SCHEDULE, skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1, prediction_type="epsilon"
     )
     scheduler.register_to_config(clip_sample=False)  # PNDM ignores it; DDIM made from this config must not clip
     with task.learner.averaged():
         pipeline = StableDiffusionPipeline(
-            vae=task.vae.half(),
+            vae=AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float16),
             text_encoder=task.text_encoder.half(),
             tokenizer=task.tokenizer,
             unet=task.unet.half(),

@@ -1,10 +1,12 @@
 """Weights under training: gradient steps, their running average, and both as plain tensors."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+
+from protectors.reference.checkpoint import Cursor
 
 
 class Learner:
@@ -51,6 +53,22 @@ class Learner:
         finally:
             self._fill(raw)
 
+    def rewrite(self, change: Callable[[], None]) -> None:
+        """Applies `change`, which edits the modules' weights in place, to the raw and to the averaged weights.
+
+        The optimizer forgets what it knew of the tensors that changed.
+        """
+        before = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+        change()
+        for name, parameter in self.parameters.items():
+            if not torch.equal(before[name], parameter.detach()):
+                self.optimizer.state.pop(parameter, None)
+        raw = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+        self._fill(self.average)
+        change()
+        self.average = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+        self._fill(raw)
+
     def state(self) -> dict[str, Tensor]:
         """Everything that the next step depends on."""
         tensors: dict[str, Tensor] = {}
@@ -86,3 +104,8 @@ def rate_factor(step: int, steps: int, *, warm_up: int = 100, decay: float = 0.3
     rising = min(1.0, (step + 1) / warm_up)
     falling = min(1.0, max(0.0, (steps - step) / max(1.0, decay * steps)))
     return min(rising, falling)
+
+
+def step_generator(cursor: Cursor) -> torch.Generator:
+    """Returns a generator for the noise of one step; on the processor, so that every device draws the same."""
+    return torch.Generator().manual_seed(cursor.seed * 1_000_003 + cursor.step)

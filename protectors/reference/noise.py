@@ -21,7 +21,7 @@ class NoisePredictor:
         self._alphas = DDPMScheduler(**SCHEDULE).alphas_cumprod.to(device)
 
     def predict(self, latents: Tensor, noise: Tensor, times: Tensor, prompts: list[str]) -> Tensor:
-        """Mixes `noise` into scaled `latents` and predicts it. Shape: `(N, 4, h, w)`, times `(N,)`."""
+        """Mixes `noise` into scaled `latents` and predicts it. Shape: `(N, C, h, w)`, times `(N,)`."""
         alphas = self._alphas[times].view(-1, 1, 1, 1)
         noisy = alphas.sqrt() * latents + (1 - alphas).sqrt() * noise
         tokens = self.tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
@@ -29,6 +29,13 @@ class NoisePredictor:
             text = self.text_encoder(tokens.to(self.device))[0]
             prediction: Tensor = self.unet(noisy, times, text).sample
         return prediction.float()
+
+    def min_snr_weights(self, times: Tensor, gamma: float) -> Tensor:
+        """Weights of the noise error at each time: min(SNR, gamma) / SNR (arXiv 2303.09556, equation 5)."""
+        alphas = self._alphas[times]
+        ratio = alphas / (1 - alphas)
+        weights: Tensor = ratio.clamp_max(gamma) / ratio
+        return weights
 
 
 @dataclass(frozen=True, slots=True)

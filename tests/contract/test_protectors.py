@@ -26,6 +26,7 @@ from tests.protectors.tiny import save_tiny_model
 # Overrides of the "fast" preset that keep a test under a second on the tiny model.
 SMALL: dict[str, dict[str, Any]] = {
     "advdm": {"steps": 4, "eval_draws": 2},
+    "mist": {"steps": 4, "eval_draws": 2},
     "photoguard": {"steps": 4},
 }
 FAKE = "protectors.fake:FakeProtector"

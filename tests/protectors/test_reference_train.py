@@ -7,6 +7,8 @@ the pinned ones.
 
 import hashlib
 import io
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,19 +16,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import AutoencoderKL, DDPMPipeline, StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 from skimage.metrics import structural_similarity
-from transformers import CLIPTokenizer
+from transformers import AutoImageProcessor, AutoModel, CLIPTokenizer
 
 from protectors import reference
 from protectors.reference.checkpoint import Cursor, load_checkpoint, save_checkpoint
-from protectors.reference.data import CropRule, is_held_out, load_photos, order, random_crop
+from protectors.reference.curves import draw_curve
+from protectors.reference.data import CropRule, centre_crop, is_held_out, load_photos, order, random_crop
 from protectors.reference.learner import rate_factor
 from protectors.reference.quality import psnr, ssim
+from protectors.reference.recipes import STAGES, StageResult, TrainingOrder, train_model
 from protectors.reference.tokenizer import ADDED, IDENTIFIERS, build_tokenizer, save_vocabulary
-from protectors.reference.train import main
+from protectors.reference.train import Task
+from protectors.reference.vae import Whitening
 
 CAPTIONS = ["a photo of a red tram", "a photo of a joshua tree", "a photo of a tin can", "a photo"]
 
@@ -46,40 +51,152 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def train(photos: Path, folder: Path, part: str, *extra: str) -> None:
-    arguments = [part, "--data", str(photos), "--out", str(folder / "out"), "--work", str(folder / "work")]
-    settings = ["--size", "tiny", "--threads", "1", "--minutes", "5", "--report-every", "3", "--seed", "3"]
-    main([*arguments, *settings, "--vae-steps", "6", "--sd-steps", "6", "--crops", "2", *extra])
+class Silent:
+    """Watches a training and says nothing."""
+
+    def step(self, task: Task, cursor: Cursor, loss: float) -> None:
+        assert np.isfinite(loss)
+
+    def row(self, task: Task, row: Mapping[str, float]) -> None:
+        assert all(np.isfinite(value) for value in row.values())
+
+
+PLANS = {
+    "vae": {"steps": 6, "whiten_at": 3},
+    "decoder": {"steps": 6},
+    "sd": {"steps": 6, "crops": 2, "batch": 8},
+    "ddpm": {"steps": 6},
+    "embed": {"steps": 6, "batch": 8},
+}
+
+
+def train(photos: Path, folder: Path, stage: str, *, stop_at: int | None = None, seed: int = 3) -> StageResult:
+    model = next(model for model, stages in STAGES.items() if stage in stages)
+    order = TrainingOrder(
+        model=model,
+        data=photos,
+        out=folder / model,
+        work=folder / "work",
+        minutes=5,
+        stages=(stage,),
+        seed=seed,
+        size="tiny",
+        stop_at=stop_at,
+        report_every=3,
+        plans={stage: PLANS[stage]},
+    )
+    (result,) = train_model(order, Silent())
+    return result
 
 
 @pytest.fixture(scope="module")
 def undisturbed(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("undisturbed")
-    train(photos, folder, "all")
+    for stage in PLANS:
+        assert train(photos, folder, stage).complete
     return folder
 
 
-def test_resumed_training_equals_an_undisturbed_one(photos: Path, undisturbed: Path, tmp_path: Path) -> None:
-    # The autoencoder's two stages change at step 4, the denoiser's latents are made before its first step.
-    for part, stop in (("vae", "2"), ("vae", "5"), ("vae", "99"), ("sd", "2"), ("sd", "99")):
-        train(photos, tmp_path, part, "--stop-at", stop)
-    files = sorted(file.relative_to(undisturbed / "out") for file in (undisturbed / "out").rglob("*.safetensors"))
-    assert len(files) == 3
+# The autoencoder whitens its latents before update 3 and goes to whole crops before update 5; the denoiser's
+# latents are made before its first update.
+@pytest.mark.parametrize(
+    ("model", "stops"),
+    [
+        (
+            "nano-sd",
+            [("vae", 2), ("vae", 3), ("vae", 5), ("vae", 99), ("decoder", 2), ("decoder", 99), ("sd", 2), ("sd", 99)],
+        ),
+        ("nano-ddpm", [("ddpm", 2), ("ddpm", 99)]),
+        ("nano-embed", [("embed", 2), ("embed", 99)]),
+    ],
+)
+def test_resumed_training_equals_an_undisturbed_one(
+    model: str, stops: list[tuple[str, int]], photos: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    for stage, stop in stops:
+        result = train(photos, tmp_path, stage, stop_at=stop)
+        assert (result.step, result.complete) == (min(stop, 6), stop > 6)
+    files = sorted(file.relative_to(undisturbed / model) for file in (undisturbed / model).rglob("*.safetensors"))
+    assert len(files) == (3 if model == "nano-sd" else 1)
     for file in files:
-        expected, resumed = load_file(undisturbed / "out" / file), load_file(tmp_path / "out" / file)
+        expected, resumed = load_file(undisturbed / model / file), load_file(tmp_path / model / file)
         assert expected.keys() == resumed.keys()
         for name, tensor in expected.items():
             assert torch.equal(tensor, resumed[name]), f"{file}: {name}"
     # The curves show one training: no step twice, none missing.
-    for curve in ("vae.csv", "sd.csv"):
+    for curve in {f"{stage}.csv" for stage, _ in stops}:
         lines = (tmp_path / "work" / curve).read_text().splitlines()
         steps = [int(line.split(",")[0]) for line in lines[1:]]
         assert steps == sorted(set(steps))
         assert steps[-1] == 6
+    assert len((tmp_path / "work" / "runs.jsonl").read_text().splitlines()) == len(stops)
+
+
+def test_latents_are_whitened_and_reconstructions_stay(undisturbed: Path, photos: Path) -> None:
+    vae = AutoencoderKL.from_pretrained(undisturbed / "nano-sd" / "vae", torch_dtype=torch.float32)
+    images = load_photos(photos, held_out=False).images
+    crops = torch.stack([random_crop(image, CropRule(32), (place,)) for place, image in enumerate(images)]) * 2 - 1
+    torch.manual_seed(0)
+    for layer in (vae.encoder.conv_out, vae.quant_conv, vae.post_quant_conv, vae.decoder.conv_in):
+        torch.nn.init.normal_(layer.weight, std=0.2)
+        torch.nn.init.normal_(layer.bias)
+    with torch.no_grad():
+        posterior = vae.encode(crops).latent_dist
+        before = vae.decode(posterior.mean).sample
+        Whitening.of(vae, crops).fold(vae)
+        latents = vae.encode(crops).latent_dist.mean
+        after = vae.decode(latents).sample
+    flat = latents.transpose(0, 1).flatten(1)
+    assert torch.allclose(flat.mean(1), torch.zeros(len(flat)), atol=1e-3)
+    assert torch.allclose(torch.cov(flat), torch.eye(len(flat)), atol=1e-2)
+    assert torch.allclose(before, after, atol=1e-3)
+
+
+def test_pixel_model_and_embedder_open_without_our_code(undisturbed: Path) -> None:
+    tiles = DDPMPipeline.from_pretrained(undisturbed / "nano-ddpm", torch_dtype=torch.float32)
+    tiles.set_progress_bar_config(disable=True)
+    image = tiles(num_inference_steps=2, output_type="np").images[0]
+    assert image.shape == (16, 16, 3)
+    assert np.isfinite(image).all()
+    processor = AutoImageProcessor.from_pretrained(undisturbed / "nano-embed")
+    model = AutoModel.from_pretrained(undisturbed / "nano-embed", dtype=torch.float32)
+    values = processor([np.zeros((40, 60, 3), dtype=np.uint8)] * 2, return_tensors="pt").pixel_values
+    assert values.shape == (2, 3, 32, 32)
+    with torch.no_grad():
+        assert model(values).pooler_output.flatten(1).shape == (2, 16)
+
+
+def test_the_embedders_batch_normalization_fits_its_averaged_weights(undisturbed: Path, photos: Path) -> None:
+    model = AutoModel.from_pretrained(undisturbed / "nano-embed", dtype=torch.float32)
+    images = load_photos(photos, held_out=False).images
+    crops = (torch.stack([centre_crop(image, 32) for image in images]) - 0.5) / 0.25
+    norm = model.embedder.embedder.normalization
+    seen: list[torch.Tensor] = []
+    norm.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    with torch.no_grad():
+        model(crops)
+    assert torch.allclose(norm.running_mean, seen[0].mean(dim=(0, 2, 3)), atol=0.02)
+
+
+def test_unknown_models_stages_and_missing_autoencoders_are_refused(photos: Path, tmp_path: Path) -> None:
+    order = TrainingOrder(model="nano-sd", data=photos, out=tmp_path / "o", work=tmp_path / "w", minutes=1, size="tiny")
+    with pytest.raises(ValueError, match=r"no model 'nano-xl'.*nano-sd"):
+        train_model(replace(order, model="nano-xl"), Silent())
+    with pytest.raises(ValueError, match="no stage unet; it has: vae, decoder, sd"):
+        train_model(replace(order, stages=("unet",)), Silent())
+    with pytest.raises(FileNotFoundError, match="train the stage vae first"):
+        train_model(replace(order, stages=("sd",)), Silent())
+
+
+def test_curves_are_drawn(undisturbed: Path, tmp_path: Path) -> None:
+    for stage in PLANS:
+        with Image.open(draw_curve(undisturbed / "work" / f"{stage}.csv", tmp_path / "curve.png")) as picture:
+            assert picture.width > 400
+            assert len(picture.convert("RGB").getcolors(100_000) or []) > 10
 
 
 def test_diffusers_opens_the_folder(undisturbed: Path) -> None:
-    out = undisturbed / "out"
+    out = undisturbed / "nano-sd"
     pipeline = StableDiffusionPipeline.from_pretrained(out, torch_dtype=torch.float32, safety_checker=None)
     pipeline.set_progress_bar_config(disable=True)
     image = pipeline("a photo of sks tram", num_inference_steps=2, output_type="np").images[0]
@@ -96,18 +213,18 @@ def test_diffusers_opens_the_folder(undisturbed: Path) -> None:
 
 
 def test_lines_of_lost_updates_leave_the_curve(photos: Path, tmp_path: Path) -> None:
-    train(photos, tmp_path, "vae", "--stop-at", "3")
+    train(photos, tmp_path, "vae", stop_at=3)
     curve = tmp_path / "work" / "vae.csv"
     before = curve.read_text()
     # As after a kill: the line of step 5 was written, the checkpoint of step 5 was not.
     curve.write_text(before + before.splitlines()[-1].replace("3,", "5,", 1) + "\n")
-    train(photos, tmp_path, "vae", "--stop-at", "3")
+    train(photos, tmp_path, "vae", stop_at=3)
     assert curve.read_text() == before
 
 
 def test_another_seed_is_refused(photos: Path, undisturbed: Path) -> None:
     with pytest.raises(ValueError, match="seed 3, not 4"):
-        train(photos, undisturbed, "vae", "--seed", "4")
+        train(photos, undisturbed, "vae", seed=4)
 
 
 def test_a_broken_write_leaves_the_previous_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,11 +296,17 @@ def test_rate_rises_stays_and_falls() -> None:
     assert factors == pytest.approx([0.01, 0.5, 1, 1, 1, 0.5, 1 / 300, 0])
 
 
-def test_shipped_weights_are_the_pinned_ones() -> None:
-    reference.verify_reference(reference.NANO_SD)
-    folder = reference.reference_path()
+@pytest.mark.parametrize("name", sorted(reference.PINNED))
+def test_shipped_weights_are_the_pinned_ones(name: str) -> None:
+    reference.verify_reference(name)
+    folder = reference.reference_path(name)
     shipped = {file.relative_to(folder).as_posix() for file in folder.rglob("*.safetensors")}
-    assert shipped == set(reference.PINNED[reference.NANO_SD])
+    assert shipped == set(reference.PINNED[name])
+
+
+def test_all_shipped_weights_together_are_small() -> None:
+    folders = [reference.reference_path(name) for name in reference.PINNED]
+    assert sum(file.stat().st_size for folder in folders for file in folder.rglob("*.safetensors")) <= 40_000_000
 
 
 def test_changed_missing_and_unknown_weights_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,114 @@
+"""nano-sd's autoencoder: how well it keeps a picture, and how easily its latents are moved."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.laboratory.figures import Figure, bootstrap_interval
+from protectors.reference.quality import psnr, ssim
+from protectors.reference.vae import reconstruct
+
+MODEL = "nano-sd"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncoderAttack:
+    """An attack on the encoder alone: how far can the latents be moved within a budget?"""
+
+    levels: int
+    """Budget, l_inf in 8-bit levels."""
+    steps: int = 60
+
+
+@torch.no_grad()
+def fidelity(vae: Any, images: Tensor, sample: str, bars: Sequence[float | None]) -> list[Figure]:
+    """PSNR and SSIM of decoded mean latents, rounded to 8 bit.
+
+    Args:
+        images: `(N, 3, S, S)` in [0, 1].
+        sample: what the images are.
+        bars: for PSNR in decibel and for SSIM.
+    """
+    outputs = torch.cat([(reconstruct(vae, part) * 255).round() / 255 for part in torch.split(images, 8)])
+    size = images.shape[-1]
+    figures = []
+    for name, measure, bar in (("PSNR dB", psnr, bars[0]), ("SSIM", ssim, bars[1])):
+        values = measure(outputs, images)
+        low, high = bootstrap_interval(values.tolist())
+        name = f"reconstruction at {size} px, {name}"
+        mean = values.mean().item()
+        figures.append(Figure(model=MODEL, name=name, value=mean, sample=sample, low=low, high=high, at_least=bar))
+    return figures
+
+
+def fragility(
+    vae: Any, images: Tensor, sample: str, attack: EncoderAttack, bars: Sequence[float | None]
+) -> list[Figure]:
+    """Relative shift of the mean latents under attack, |E(x + d) - E(x)| / |E(x)|, and how many times that of noise.
+
+    Args:
+        images: `(N, 3, S, S)` in [0, 1].
+        bars: for the shift and for its ratio to the shift by uniform noise of the same budget.
+    """
+    attacked, noisy = [], []
+    for number, part in enumerate(torch.split(images, 8)):
+        attacked.append(_attacked_shift(vae, part, attack, number))
+        noisy.append(_noise_shift(vae, part, attack, number))
+    shift, by_noise = torch.cat(attacked), torch.cat(noisy)
+    low, high = bootstrap_interval(shift.tolist())
+    what = f"{attack.levels} levels"
+    ratio = (shift.mean() / by_noise.mean()).item()
+    return [
+        Figure(
+            model=MODEL,
+            name=f"latent shift by encoder attack, {what}, {attack.steps} steps",
+            value=shift.mean().item(),
+            low=low,
+            high=high,
+            sample=sample,
+            at_least=bars[0],
+        ),
+        Figure(
+            model=MODEL, name=f"the same, times that of noise, {what}", value=ratio, sample=sample, at_least=bars[1]
+        ),
+    ]
+
+
+def _attacked_shift(vae: Any, clean: Tensor, attack: EncoderAttack, seed: int) -> Tensor:
+    eps = attack.levels / 255
+    before = _latents(vae, clean).detach()
+    change = _uniform(clean, eps, seed)
+    for _ in range(attack.steps):
+        change.requires_grad_(True)
+        moved = (_latents(vae, (clean + change).clamp(0, 1)) - before).square().sum()
+        (gradient,) = torch.autograd.grad(moved, change)
+        change = (change.detach() + eps / 8 * gradient.sign()).clamp(-eps, eps)
+    return _relative(vae, clean, change, before)
+
+
+def _noise_shift(vae: Any, clean: Tensor, attack: EncoderAttack, seed: int) -> Tensor:
+    change = _uniform(clean, attack.levels / 255, seed)
+    with torch.no_grad():
+        before = _latents(vae, clean)
+    return _relative(vae, clean, change, before)
+
+
+@torch.no_grad()
+def _relative(vae: Any, clean: Tensor, change: Tensor, before: Tensor) -> Tensor:
+    stored = ((clean + change).clamp(0, 1) * 255).round() / 255  # what a file can hold
+    shift: Tensor = (_latents(vae, stored) - before).flatten(1).norm(dim=1) / before.flatten(1).norm(dim=1)
+    return shift
+
+
+def _latents(vae: Any, images: Tensor) -> Tensor:
+    latents: Tensor = vae.encode(images * 2 - 1).latent_dist.mode()
+    return latents
+
+
+def _uniform(images: Tensor, eps: float, seed: int) -> Tensor:
+    return (torch.rand(images.shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1) * eps

@@ -1,0 +1,73 @@
+"""A measured number with what it has to reach."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Figure:
+    """One number of an evaluation."""
+
+    model: str
+    name: str
+    value: float
+    sample: str
+    """What it was measured on, with the sample size."""
+    low: float | None = None
+    high: float | None = None
+    """95 % bootstrap interval, where there is one."""
+    at_least: float | None = None
+    at_most: float | None = None
+
+    @property
+    def reached(self) -> bool | None:
+        """Whether the bar is met; None where there is none."""
+        if self.at_least is None and self.at_most is None:
+            return None
+        return (self.at_least is None or self.value >= self.at_least) and (
+            self.at_most is None or self.value <= self.at_most
+        )
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain values for JSON."""
+        return {
+            "model": self.model,
+            "name": self.name,
+            "value": round(self.value, 4),
+            "interval_95": None if self.low is None or self.high is None else [round(self.low, 4), round(self.high, 4)],
+            "sample": self.sample,
+            "at_least": self.at_least,
+            "at_most": self.at_most,
+            "reached": self.reached,
+        }
+
+
+def bootstrap_interval(values: Sequence[float], *, seed: int = 0, resamples: int = 10_000) -> tuple[float, float]:
+    """The 95 % percentile interval of the mean over resampled units (images or subjects)."""
+    array = np.asarray(values, dtype=np.float64)
+    random = np.random.default_rng(seed)
+    means = array[random.integers(0, len(array), (resamples, len(array)))].mean(axis=1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def bootstrap_ratio(
+    above: Sequence[float], below: Sequence[float], *, seed: int = 0, resamples: int = 10_000
+) -> tuple[float, float]:
+    """The 95 % percentile interval of sum(above) / sum(below) over resampled pairs.
+
+    Resamples whose denominator is not positive have no ratio and count as the worst on either side.
+    """
+    pairs = np.stack([np.asarray(above, dtype=np.float64), np.asarray(below, dtype=np.float64)])
+    random = np.random.default_rng(seed)
+    draws = random.integers(0, pairs.shape[1], (resamples, pairs.shape[1]))
+    top, bottom = pairs[0][draws].sum(axis=1), pairs[1][draws].sum(axis=1)
+    usable = bottom > 0
+    ratios = np.full(resamples, np.nan)
+    ratios[usable] = top[usable] / bottom[usable]
+    low, high = (np.where(usable, ratios, extreme) for extreme in (-np.inf, np.inf))
+    return float(np.percentile(low, 2.5)), float(np.percentile(high, 97.5))

@@ -1,0 +1,82 @@
+"""nano-ddpm: what is left of a photo that it purifies, and what it takes away from a noisy one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.laboratory.figures import Figure, bootstrap_interval
+from protectors.reference.quality import psnr
+
+MODEL = "nano-ddpm"
+NOISE_LEVELS = 16.0
+
+
+@torch.no_grad()
+def purify(pipeline: Any, tiles: Tensor, t: int, *, seed: int) -> Tensor:
+    """Diffuses tiles to timestep t and samples them back, one ancestral step per timestep (DDPM; DiffPure).
+
+    Args:
+        pipeline: a DDPMPipeline.
+        tiles: `(N, 3, S, S)` in [0, 1].
+        t: the timestep that noise is added for; t + 1 steps lead back.
+        seed: of the noise.
+    """
+    scheduler, generator = pipeline.scheduler, torch.Generator().manual_seed(seed)
+    scheduler.set_timesteps(scheduler.config.num_train_timesteps)
+    current = scheduler.add_noise(tiles * 2 - 1, torch.randn(tiles.shape, generator=generator), torch.tensor([t]))
+    for step in range(t, -1, -1):
+        prediction = pipeline.unet(current, step).sample
+        current = scheduler.step(prediction, step, current, generator=generator).prev_sample
+    purified: Tensor = (current / 2 + 0.5).clamp(0, 1)
+    return purified
+
+
+def figures(pipeline: Any, tiles: Tensor, times: Sequence[int], noisy_times: Sequence[int]) -> list[Figure]:
+    """PSNR of purified clean tiles at each of `times`, and the best gain in PSNR on tiles with Gaussian noise."""
+    found = []
+    sample = f"{len(tiles)} held-out tiles of {tiles.shape[-1]} px"
+    for t in times:
+        values = psnr(_stored(purify(pipeline, tiles, t, seed=t)), tiles)
+        low, high = bootstrap_interval(values.tolist())
+        found.append(
+            Figure(
+                model=MODEL,
+                name=f"clean photo purified at t = {t}, PSNR dB",
+                value=values.mean().item(),
+                low=low,
+                high=high,
+                sample=sample,
+                at_least=30.0 if t == 10 else None,
+            )
+        )
+    noise = torch.randn(tiles.shape, generator=torch.Generator().manual_seed(1)) * (NOISE_LEVELS / 255)
+    noisy = _stored(tiles + noise)
+    before = psnr(noisy, tiles)
+    gains = {t: psnr(_stored(purify(pipeline, noisy, t, seed=t)), tiles) - before for t in noisy_times}
+    best = max(gains, key=lambda t: gains[t].mean().item())
+    low, high = bootstrap_interval(gains[best].tolist())
+    found.append(
+        Figure(
+            model=MODEL,
+            name=f"noise of {NOISE_LEVELS:g} levels, purified at the best of t = {_spans(noisy_times)}, gain in dB "
+            f"(t = {best})",
+            value=gains[best].mean().item(),
+            low=low,
+            high=high,
+            sample=sample,
+            at_least=2.0,
+        )
+    )
+    return found
+
+
+def _stored(images: Tensor) -> Tensor:
+    return (images.clamp(0, 1) * 255).round() / 255
+
+
+def _spans(times: Sequence[int]) -> str:
+    return ", ".join(map(str, times))

@@ -1,0 +1,87 @@
+"""Trains the autoencoder's decoder on, with the encoder as it is: sharper pictures, and latents stay what they are."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from protectors.reference.checkpoint import Cursor
+from protectors.reference.data import CropRule, Photos, centre_crop, order, random_crop
+from protectors.reference.geometry import Geometry
+from protectors.reference.learner import Learner, rate_factor, step_generator
+from protectors.reference.quality import psnr, ssim
+from protectors.reference.vae import reconstruct
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecoderPlan:
+    """How the decoder is trained on."""
+
+    # Updates in all; the learning rate reaches zero there.
+    steps: int = 2000
+    rate: float = 6e-4
+    batch: int = 6
+    bf16: bool = True
+
+
+class DecoderTask:
+    """One training of the decoder; `train.run` calls it step by step.
+
+    It can run beside the denoiser's, which sees the encoder only.
+    """
+
+    name = "decoder"
+
+    def __init__(
+        self, geometry: Geometry, plan: DecoderPlan, photos: tuple[Photos, Photos], *, device: str, vae_folder: Path
+    ) -> None:
+        self.geometry, self.plan, self.device, self.steps = geometry, plan, device, plan.steps
+        self.vae: Any = AutoencoderKL.from_pretrained(vae_folder, torch_dtype=torch.float32).to(device)
+        self.learner = Learner({"post": self.vae.post_quant_conv, "decoder": self.vae.decoder}, rate=plan.rate)
+        self._photos, held_out = photos
+        self._held_out = torch.stack([centre_crop(image, geometry.image_size) for image in held_out.images])
+
+    def train_step(self, cursor: Cursor) -> tuple[float, int]:
+        """Makes one update; returns its loss and the number of crops used."""
+        rule = CropRule(self.geometry.image_size, scales=(0.5, 1.0))
+        picks = order(len(self._photos), seed=cursor.seed, position=cursor.position, batch=self.plan.batch)
+        crops = [
+            random_crop(self._photos.images[pick], rule, (cursor.seed, cursor.position + i))
+            for i, pick in enumerate(picks)
+        ]
+        pixels = (torch.stack(crops) * 2 - 1).to(self.device)
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.plan.bf16):
+            with torch.no_grad():
+                posterior = self.vae.encode(pixels).latent_dist
+            noise = torch.randn(posterior.mean.shape, generator=step_generator(cursor)).to(self.device)
+            output = self.vae.decode(posterior.mean.float() + posterior.std.float() * noise).sample
+        loss = refinement_loss(output.float(), pixels)
+        self.learner.update(loss, step=cursor.step, factor=rate_factor(cursor.step, self.steps))
+        return loss.item(), len(picks)
+
+    @torch.no_grad()
+    def held_out(self) -> dict[str, float]:
+        """PSNR of the averaged weights on the held-out photos, in decibel."""
+        with self.learner.averaged():
+            parts = torch.split(self._held_out, 16)
+            values = [psnr(reconstruct(self.vae, part.to(self.device)).cpu(), part) for part in parts]
+        return {"psnr_db": torch.cat(values).mean().item()}
+
+    def save(self, folder: Path) -> None:
+        """Writes the autoencoder with the averaged decoder in float16; `vae` holds float16 afterwards."""
+        with self.learner.averaged():
+            self.vae.half().save_pretrained(folder, safe_serialization=True)
+
+
+def refinement_loss(output: Tensor, target: Tensor) -> Tensor:
+    """Mostly squared error, which is what PSNR measures, with some of L1 and structural similarity.
+
+    Shape: both `(N, 3, H, W)` in [-1, 1].
+    """
+    structure = 1 - ssim(output / 2 + 0.5, target / 2 + 0.5).mean()
+    total: Tensor = 5 * F.mse_loss(output, target) + 0.5 * F.l1_loss(output, target) + 0.1 * structure
+    return total
