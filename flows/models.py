@@ -226,6 +226,10 @@ class _Bars:
             self._tasks[task.name] = self._progress.add_task(task.name, total=task.steps, loss=loss)
         self._progress.update(self._tasks[task.name], completed=cursor.step, loss=loss)
 
+    def note(self, text: str) -> None:
+        """Prints a line."""
+        self._progress.console.print(text, highlight=False)
+
     def row(self, task: Task, row: Mapping[str, float]) -> None:
         """Prints a line of the curve."""
         figures = "  ".join(f"{name} {value:.4g}" for name, value in row.items())

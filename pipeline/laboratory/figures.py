@@ -70,4 +70,5 @@ def bootstrap_ratio(
     ratios = np.full(resamples, np.nan)
     ratios[usable] = top[usable] / bottom[usable]
     low, high = (np.where(usable, ratios, extreme) for extreme in (-np.inf, np.inf))
-    return float(np.percentile(low, 2.5)), float(np.percentile(high, 97.5))
+    # "nearest", because infinity cannot be interpolated.
+    return float(np.percentile(low, 2.5, method="nearest")), float(np.percentile(high, 97.5, method="nearest"))

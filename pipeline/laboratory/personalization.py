@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
@@ -105,8 +105,9 @@ def run(
     workers: int,
     done: Callable[[Scores], None] = lambda scores: None,
 ) -> list[Scores]:
-    """Measures every subject, each in one of `workers` processes with one thread; results in the subjects' order.
+    """Measures every subject; results in the subjects' order.
 
+    With `workers` above 1 they are measured in as many processes of one thread each, else in this process.
     Scores are stored in `store`, one JSON per line, as they come; a later run of the same experiment takes them
     from there, so that an interrupted evaluation goes on.
     """
@@ -114,15 +115,21 @@ def run(
     found = _read(store, key)
     missing = [subject for subject in subjects if subject.name not in found]
     store.parent.mkdir(parents=True, exist_ok=True)
-    if missing:
-        # Spawned, because a forked child of a process with torch's threads can hang.
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_one_thread) as pool:
-            for scores in pool.map(measure, [experiment] * len(missing), missing):
-                with store.open("a") as out:
-                    out.write(json.dumps({"experiment": key, **asdict(scores)}) + "\n")
-                found[scores.subject] = scores
-                done(scores)
+    for scores in _measured(experiment, missing, workers):
+        with store.open("a") as out:
+            out.write(json.dumps({"experiment": key, **asdict(scores)}) + "\n")
+        found[scores.subject] = scores
+        done(scores)
     return [found[subject.name] for subject in subjects]
+
+
+def _measured(experiment: Experiment, subjects: Sequence[Subject], workers: int) -> Iterator[Scores]:
+    if workers == 1 or len(subjects) < 2:
+        yield from (measure(experiment, subject) for subject in subjects)
+        return
+    # Spawned, because a forked child of a process with torch's threads can hang.
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_one_thread) as pool:
+        yield from pool.map(measure, [experiment] * len(subjects), subjects)
 
 
 def _one_thread() -> None:

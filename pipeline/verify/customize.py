@@ -91,10 +91,16 @@ class DreamBooth:
         """Returns a pipeline of its own weights that knows the subject.
 
         Args:
-            images: `(N, 3, H, W)` in [0, 1] at a size that the model can take.
+            images: `(N, 3, S, S)` in [0, 1] at the model's base size S.
             class_word: what the subject is, e.g. "dog".
             seed: of order, noise, timesteps and class images.
+
+        Raises:
+            ValueError: the images have another size.
         """
+        size = self.pipeline.unet.config.sample_size * self.pipeline.vae_scale_factor
+        if images.shape[1:] != (3, size, size):
+            raise ValueError(f"images must be 3 x {size} x {size}, the model's size, not {tuple(images.shape[1:])}")
         config, device = self.config, self.pipeline.device
         prior = self._prior(class_word, seed)
         unet, text_encoder = copy.deepcopy(self.pipeline.unet), copy.deepcopy(self.pipeline.text_encoder)

@@ -1,6 +1,7 @@
 """Trains the denoiser and the text encoder on latents of a finished autoencoder."""
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,7 @@ class SdTask:
         device: str,
         vae_folder: Path,
         work: Path,
+        note: Callable[[str], None],
     ) -> None:
         self.plan, self.device, self.steps = plan, device, plan.steps
         train, held_out = photos
@@ -106,6 +108,7 @@ class SdTask:
         self._captions, self._count = train.captions, len(train)
         self._probe = Probe.of(held_out, self.vae, geometry.image_size, device)
         self._train_probe = Probe.of(train.spread(len(held_out)), self.vae, geometry.image_size, device)
+        self._note = note
         self._latents = self._cached_latents(
             train, geometry.image_size, work / f"latents-{_digest(vae_folder)}.safetensors"
         )
@@ -154,7 +157,7 @@ class SdTask:
         for number in range(self.plan.crops):
             crops = [random_crop(image, rule, (number, place)) for place, image in enumerate(photos.images)]
             rounds.append(encode(self.vae, crops, self.device))
-            print(f"sd: latents of crop {number + 1} of {self.plan.crops}", flush=True)
+            self._note(f"sd: latents of crop {number + 1} of {self.plan.crops}")
         latents = torch.cat(rounds).contiguous()  # the encoder may answer channels-last, which safetensors refuses
         file.parent.mkdir(parents=True, exist_ok=True)
         save_file({"latents": latents}, file)

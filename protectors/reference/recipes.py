@@ -95,7 +95,7 @@ def _train_sd(order: TrainingOrder, geometry: Geometry, photos: Split, watcher: 
 
     folder = _finished_vae(order)
     plan = SdPlan(**_plan(order, "sd"))
-    task = SdTask(geometry, plan, photos, device=order.device, vae_folder=folder, work=order.work)
+    task = SdTask(geometry, plan, photos, device=order.device, vae_folder=folder, work=order.work, note=watcher.note)
     result = _run(order, task, watcher)
     save_pipeline(order.out, task)
     return result

@@ -36,6 +36,9 @@ class Watcher(Protocol):
     def row(self, task: Task, row: Mapping[str, float]) -> None:
         """Called with each new line of the loss curve."""
 
+    def note(self, text: str) -> None:
+        """Something worth a line that is no update."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:

@@ -60,6 +60,9 @@ class Silent:
     def row(self, task: Task, row: Mapping[str, float]) -> None:
         assert all(np.isfinite(value) for value in row.values())
 
+    def note(self, text: str) -> None:
+        assert text
+
 
 PLANS = {
     "vae": {"steps": 6, "whiten_at": 3},
