@@ -50,7 +50,7 @@ def train(
     ] = None,
     minutes: Annotated[float, typer.Option("--minutes", help="Wall clock of each stage.")] = 60.0,
     stage: Annotated[
-        list[str] | None, typer.Option("--stage", help="Only this stage (nano-sd has vae and sd); repeatable.")
+        list[str] | None, typer.Option("--stage", help="Only this stage (nano-sd has vae, decoder, sd); repeatable.")
     ] = None,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="A field of a stage's plan, as stage.field=value; repeatable.")

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-PIXEL_CODE_VERSION = 2
+PIXEL_CODE_VERSION = 1
 """Raised whenever decoding, scaling or encoding changes a stored pixel; part of every fingerprint."""
 
 MAX_EPS_LEVELS = 64

@@ -57,7 +57,7 @@ class AdvDM(ImageProtector[AdvDMConfig, DiffusionModel]):
     """
 
     name = "advdm"
-    version = "1"
+    version = "2"  # 2: plain attention on the CPU rounds in another way
     config_type = AdvDMConfig
     model_type = DiffusionModel
     presets: ClassVar[Mapping[str, AdvDMConfig]] = {

@@ -43,8 +43,9 @@ class Evaluation:
 
 
 def evaluate(order: Evaluation, note: Note) -> list[Figure]:
-    """Measures everything; writes `OUT/evaluation.json` and `OUT/samples.png`. Hours of processor time become an
-    interruption's loss of one subject: personalization goes on where it stopped.
+    """Measures everything; writes `OUT/evaluation.json` and `OUT/samples.png`.
+
+    Personalization takes most of the time; after an interruption it goes on with the next subject.
 
     Raises:
         ValueError: the Parquet files hold no usable photos.

@@ -1,6 +1,5 @@
-"""Writes a trained model as a diffusers folder, and names the digests to pin."""
+"""Writes a trained text-to-image model as a diffusers folder."""
 
-import hashlib
 from pathlib import Path
 
 import torch
@@ -36,9 +35,3 @@ def save_pipeline(folder: Path, task: SdTask) -> None:
     save_vocabulary(task.tokenizer, folder / "tokenizer")
     for file in folder.rglob("*.safetensors"):
         file.chmod(0o644)  # safetensors writes for the owner only; a package is read by everybody
-
-
-def digests(folder: Path) -> dict[str, str]:
-    """Returns the sha256 of every weight file of a model folder, by relative path."""
-    files = sorted(folder.rglob("*.safetensors"))
-    return {file.relative_to(folder).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}

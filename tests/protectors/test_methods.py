@@ -10,6 +10,7 @@ import torch
 
 from protectors.advdm import AdvDM, AdvDMConfig
 from protectors.diffusion import DiffusionModel, load_model
+from protectors.mist import Mist, MistConfig, stripes
 from protectors.objectives import Draws, draw
 from protectors.photoguard import PhotoGuard, PhotoGuardConfig, decay
 from tests.protectors.tiny import save_tiny_model
@@ -22,8 +23,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> DiffusionModel:
 
 
 @pytest.mark.parametrize("preset", ["paper", "fast", "strong"])
-@pytest.mark.parametrize("method", [AdvDM, PhotoGuard])
-def test_presets_keep_whole_levels(method: type[AdvDM | PhotoGuard], preset: str, model: DiffusionModel) -> None:
+@pytest.mark.parametrize("method", [AdvDM, Mist, PhotoGuard])
+def test_presets_keep_whole_levels(method: type[AdvDM | Mist | PhotoGuard], preset: str, model: DiffusionModel) -> None:
     """The budget of every preset, at its own step length but few steps."""
     config = method.presets[preset].replace(steps=3, eval_draws=1)
     images = torch.rand(1, 3, 16, 16)
@@ -37,6 +38,9 @@ def test_paper_presets_convert_the_published_numbers() -> None:
     assert (photoguard.steps, photoguard.random_start) == (1000, True)
     assert (advdm.eps_levels, advdm.step_levels, advdm.steps, advdm.random_start) == (16, 1, 100, True)
     assert (advdm.sign, advdm.prompt) == ("+", "a photo")
+    mist = Mist.presets["paper"]
+    assert (mist.eps_levels, mist.step_levels, mist.steps, mist.random_start) == (16, 1, 100, True)
+    assert mist.denoising_weight == pytest.approx(1e4 / (4 * 64 * 64), abs=1e-3)  # a sum over SD's latents, as a mean
 
 
 def test_photoguard_step_decay() -> None:
@@ -95,3 +99,45 @@ def test_advdm_objective_is_negated_for_minus(model: DiffusionModel) -> None:
         for sign in ("+", "-")
     ]
     assert values[0] == -values[1]
+
+
+def test_mist_without_denoising_weight_goes_straight_for_the_pattern(model: DiffusionModel) -> None:
+    images = torch.rand(1, 3, 32, 32)
+    protector = Mist(MistConfig(steps=20, denoising_weight=0.0, stripe=4, random_start=False), model)
+    result = protector.protect(images, seeds=[1])
+    with torch.no_grad():
+        pattern, before, after = (
+            model.encode_moments(x)[0] for x in (stripes(32, 32, 4), (images * 255).round() / 255, result.images)
+        )
+    assert (after - pattern).square().mean() < (before - pattern).square().mean()
+    # Posterior noise is the only other part of the loss, so the objective is about minus the distance.
+    scale = model.scaling_factor
+    distance = ((after - pattern) * scale).square().mean() + (model.encode_moments(result.images)[1].exp()).mean()
+    assert -result.facts[0].objective_after == pytest.approx(float(distance), rel=0.2)
+
+
+def test_mist_raises_the_denoising_loss_as_well(model: DiffusionModel) -> None:
+    """With a large weight its perturbation differs from the pattern's alone and its objective counts the loss."""
+    images = torch.rand(1, 3, 32, 32)
+    fused = Mist(MistConfig(steps=3, denoising_weight=5.0), model)
+    semantic = Mist(MistConfig(steps=3, denoising_weight=0.0), model)
+    outputs = [method.protect(images, seeds=[1]).images for method in (fused, semantic)]
+    assert not torch.equal(*outputs)
+    assert fused.objective(images, originals=images, seeds=[1]) > semantic.objective(
+        images, originals=images, seeds=[1]
+    )
+
+
+def test_mist_pattern() -> None:
+    pattern = stripes(6, 8, 2)
+    assert pattern.shape == (1, 3, 6, 8)
+    assert pattern[0, 0, 0].tolist() == [0, 0, 1, 1, 0, 0, 1, 1]
+    assert pattern[0, 0, 1].tolist() == [0, 1, 1, 0, 0, 1, 1, 0]
+    assert torch.equal(pattern[:, 0], pattern[:, 2])
+
+
+def test_mist_refuses_impossible_values() -> None:
+    with pytest.raises(ValueError, match="denoising_weight"):
+        MistConfig(denoising_weight=-1.0)
+    with pytest.raises(ValueError, match="stripe"):
+        MistConfig(stripe=0)
