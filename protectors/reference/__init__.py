@@ -10,6 +10,7 @@ NANO_EMBED = "nano-embed"
 # sha256 of every weight file. A protection is only reproducible against exactly these weights, so the digests
 # live in code, where a change is reviewed, and not beside the files, where it would change with them.
 PINNED: dict[str, dict[str, str]] = {
+    NANO_EMBED: {"model.safetensors": "7989753ea9418b1411ebe0841289c71901d750781b95c8a42ed3b41f31a4bc0c"},
     NANO_SD: {
         "text_encoder/model.safetensors": "ec776f10ae08df1b1dc8ec35f4b64c9a23190c21ee5a9380308d1cd7710cae7e",
         "unet/diffusion_pytorch_model.safetensors": "55a66febd73ed79f23afb3f74c8ab481deb59ec5341a236e8aca074c2632abd4",

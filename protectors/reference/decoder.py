@@ -14,7 +14,7 @@ from protectors.reference.data import CropRule, Photos, centre_crop, order, rand
 from protectors.reference.geometry import Geometry
 from protectors.reference.learner import Learner, rate_factor, step_generator
 from protectors.reference.quality import psnr, ssim
-from protectors.reference.vae import reconstruct
+from protectors.reference.vae import colour_loss, reconstruct
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,10 +78,11 @@ class DecoderTask:
 
 
 def refinement_loss(output: Tensor, target: Tensor) -> Tensor:
-    """Mostly squared error, which is what PSNR measures, with some of L1 and structural similarity.
+    """Mostly squared error, which is what PSNR measures, with some of L1, structural similarity and colour.
 
     Shape: both `(N, 3, H, W)` in [-1, 1].
     """
     structure = 1 - ssim(output / 2 + 0.5, target / 2 + 0.5).mean()
-    total: Tensor = 5 * F.mse_loss(output, target) + 0.5 * F.l1_loss(output, target) + 0.1 * structure
+    error = 5 * F.mse_loss(output, target) + 0.5 * F.l1_loss(output, target)
+    total: Tensor = error + 0.1 * structure + 0.5 * colour_loss(output, target)
     return total

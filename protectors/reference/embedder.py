@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import ResNetConfig, ResNetModel, ViTImageProcessor
+from transformers import BitImageProcessor, ResNetConfig, ResNetModel
 
 from protectors.reference.checkpoint import Cursor
 from protectors.reference.data import Photos, centre_crop, order, resize
@@ -38,15 +38,18 @@ class EmbedPlan:
     """How the embedder is trained."""
 
     # Updates in all; the learning rate reaches zero there.
-    steps: int = 1500
+    steps: int = 2000
     rate: float = 2e-3
     batch: int = 192
     temperature: float = 0.2
-    # Area of a view as a share of the photo's.
-    areas: tuple[float, float] = (0.2, 1.0)
+    # Area of a view as a share of the photo's, and how far its centre strays from the photo's, as a share of what
+    # fits. Photos show their subject in the middle; a view of a corner shows the surroundings.
+    areas: tuple[float, float] = (0.25, 1.0)
+    stray: float = 0.5
+    # Share of views outside whose middle another photo is put: the same subject at another place.
+    swap_share: float = 0.5
     # Largest change of brightness, contrast and saturation. Mild: colour tells one subject from another.
-    colour: float = 0.3
-    grey_share: float = 0.1
+    colour: float = 0.15
     blur_share: float = 0.3
     bf16: bool = True
 
@@ -86,8 +89,14 @@ class EmbedTask:
         with self.learner.averaged():
             self._measure_batch_norm()
             self.model.eval().half().save_pretrained(folder, safe_serialization=True)
-        side = {"height": self.geometry.embed_size, "width": self.geometry.embed_size}
-        processor = ViTImageProcessor(size=side, image_mean=[_MEAN] * 3, image_std=[_STD] * 3)
+        side = self.geometry.embed_size
+        # As DINO and CLIP do: the shorter side to 8/7 of the input's, then the middle of it.
+        processor = BitImageProcessor(
+            size={"shortest_edge": round(side * 8 / 7)},
+            crop_size={"height": side, "width": side},
+            image_mean=[_MEAN] * 3,
+            image_std=[_STD] * 3,
+        )
         processor.save_pretrained(folder)
 
     def _measure_batch_norm(self, photos: int = 2048) -> None:
@@ -116,25 +125,36 @@ class EmbedTask:
         for view in (0, 1):
             rng = np.random.default_rng([_VIEW, view, *key])
             crops = torch.stack([self._crop(photos.images[pick], rng) for pick in picks])
-            views.append(self._disturb(crops, rng))
+            views.append(self._disturb(self._swap(crops, rng), rng))
         return self._normalize(torch.cat(views))
 
     def _crop(self, image: Tensor, rng: np.random.Generator) -> Tensor:
         _, height, width = image.shape
         area, ratio = height * width * rng.uniform(*self.plan.areas), np.exp(rng.uniform(-0.29, 0.29))
         tall, wide = min(height, round(np.sqrt(area / ratio))), min(width, round(np.sqrt(area * ratio)))
-        top, left = int(rng.integers(height - tall + 1)), int(rng.integers(width - wide + 1))
+        top, left = (
+            round(room * (0.5 + self.plan.stray * rng.uniform(-0.5, 0.5))) for room in (height - tall, width - wide)
+        )
         crop = resize(image[:, top : top + tall, left : left + wide], self.geometry.embed_size)
         return crop.flip(-1) if rng.random() < 0.5 else crop
 
+    def _swap(self, crops: Tensor, rng: np.random.Generator) -> Tensor:
+        """Puts the next photo of the batch around a soft ellipse in the middle of some crops. Shape: (N, 3, S, S)."""
+        count, side = len(crops), crops.shape[-1]
+        axis = torch.linspace(-1, 1, side)
+        radii = torch.from_numpy(rng.uniform(0.55, 1.0, size=(2, count, 1, 1))).float()
+        distance = ((axis.view(1, side, 1) / radii[0]).square() + (axis.view(1, 1, side) / radii[1]).square()).sqrt()
+        inside = torch.sigmoid((1 - distance) / 0.05).unsqueeze(1)
+        swapped = torch.from_numpy(rng.random(size=(count, 1, 1, 1)) < self.plan.swap_share)
+        return torch.where(swapped, inside * crops + (1 - inside) * crops.roll(1, 0), crops)
+
     def _disturb(self, crops: Tensor, rng: np.random.Generator) -> Tensor:
-        """Changes brightness, contrast, saturation; makes some grey and some soft. Shape: (N, 3, S, S) in [0, 1]."""
+        """Changes brightness, contrast and saturation; makes some soft. Shape: (N, 3, S, S) in [0, 1]."""
         count = len(crops)
         low, high = 1 - self.plan.colour, 1 + self.plan.colour
         factors = torch.from_numpy(rng.uniform(low, high, size=(3, count, 1, 1, 1))).float()
         grey = crops.mean(1, keepdim=True)
-        keep_colour = torch.from_numpy(rng.random(size=(count, 1, 1, 1)) >= self.plan.grey_share)
-        crops = grey + (crops - grey) * factors[0] * keep_colour
+        crops = grey + (crops - grey) * factors[0]
         mean = crops.mean(dim=(1, 2, 3), keepdim=True)
         crops = ((mean + (crops - mean) * factors[1]) * factors[2]).clamp(0, 1)
         soft = F.avg_pool2d(F.pad(crops, (1, 1, 1, 1), mode="reflect"), 3, stride=1)
