@@ -40,7 +40,18 @@ def figures(embedder: Embedder, images: Tensor, subjects: Sequence[str]) -> list
         name = f"nearest neighbour is of the same subject, {name}"
         value = sum(hits) / len(hits)
         found.append(Figure(model=MODEL, name=name, value=value, sample=sample, low=low, high=high, at_least=bar))
-    return found
+    return found + _similarities(embedder.embed(images), subjects, sample)
+
+
+def _similarities(vectors: Tensor, subjects: Sequence[str], sample: str) -> list[Figure]:
+    alike = vectors @ vectors.T
+    same = torch.tensor([[one == other for other in subjects] for one in subjects])
+    others = ~torch.eye(len(subjects), dtype=torch.bool)
+    pairs = (("of one subject", same & others), ("of two subjects", ~same))
+    return [
+        Figure(model=MODEL, name=f"mean cosine of photos {what}", value=alike[mask].mean().item(), sample=sample)
+        for what, mask in pairs
+    ]
 
 
 def colour_histograms(images: Tensor, bins: int = 8) -> Tensor:

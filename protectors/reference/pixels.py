@@ -33,7 +33,7 @@ class TilePlan:
     """How the pixel-space model is trained."""
 
     # Updates in all; the learning rate reaches zero there.
-    steps: int = 8000
+    steps: int = 2000
     rate: float = 8e-4
     batch: int = 16
     # Share of the updates' samples at t < `early`, where purifiers work; the rest is uniform over all t.

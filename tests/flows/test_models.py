@@ -84,6 +84,24 @@ def test_evaluation_says_what_it_needs(tmp_path: Path) -> None:
     assert "write MODEL=FOLDER" in result.error
 
 
+def test_quick_evaluation_of_the_embedded_models(tmp_path: Path) -> None:
+    """Everything that is embedded loads, reconstructs, samples, purifies and embeds; the numbers are not absurd."""
+    result = fixative("models", "evaluate", "--quick", "--out", tmp_path / "e")
+    assert result.code == 0, result
+    document = json.loads((tmp_path / "e" / "evaluation.json").read_text())
+    figures = {figure["name"]: figure for figure in document["figures"]}
+    assert {figure["model"] for figure in figures.values()} == {"nano-ddpm", "nano-embed", "nano-sd"}
+    assert all(figure["reached"] is None for figure in figures.values())
+    assert all(np.isfinite(figure["value"]) and figure["sample"] for figure in figures.values())
+    assert figures["reconstruction at 128 px, PSNR dB"]["value"] > 18
+    assert figures["latent shift by encoder attack, 8 levels, 10 steps"]["value"] > 0.05
+    assert figures["clean photo purified at t = 10, PSNR dB"]["value"] > 28
+    # Two crops of each of seven photos: chance is 1 in 13.
+    assert figures["nearest neighbour is of the same subject, embedding"]["value"] > 0.5
+    with Image.open(tmp_path / "e" / "samples.png") as sheet:
+        assert np.asarray(sheet).std() > 10
+
+
 def test_models_are_listed() -> None:
     result = fixative("models", "list")
     assert result.code == 0, result
