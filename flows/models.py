@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -33,7 +34,8 @@ def list_models() -> None:
 
     table = Table("model", "MB", "folder")
     for name in sorted(PINNED):
-        verify_reference(name)
+        with _user_errors():
+            verify_reference(name)
         folder = reference_path(name)
         size = sum((folder / file).stat().st_size for file in PINNED[name])
         table.add_row(name, f"{size / 1e6:.1f}", str(folder))
@@ -96,22 +98,25 @@ def train(
         report_every=report_every,
         plans=_plans(overrides or []),
     )
-    try:
-        with _Bars(console) as bars:
-            results = train_model(order, bars)
-    except (ValueError, TypeError, FileNotFoundError) as error:
-        raise UserError(str(error)) from error
+    with _user_errors(), _Bars(console) as bars:
+        results = train_model(order, bars)
     for result in results:
-        curve = work / f"{result.stage}.csv"
-        picture = draw_curve(curve, work / f"{result.stage}.png") if curve.exists() else None
-        console.print(
-            f"{result.stage}: {result.step} of {result.steps} updates, {result.seconds:.0f} s now; curve {picture}",
-            highlight=False,
-        )
+        curve = draw_curve(work / f"{result.stage}.csv", work / f"{result.stage}.png")
+        line = f"{result.stage}: {result.step} of {result.steps} updates, {result.seconds:.0f} s now"
+        console.print(line if curve is None else f"{line}; curve {curve}", highlight=False)
     console.print(f"wrote {out}", highlight=False)
-    if not all(result.complete for result in results):
-        console.print("not finished: the clock ended it. Run the same command to go on.", style="yellow")
+    if not results[-1].complete:
+        console.print("Not finished yet: run the same command to go on.", style="yellow")
         raise typer.Exit(1)
+
+
+@contextmanager
+def _user_errors() -> Iterator[None]:
+    """What is wrong with files, photos and options takes one line."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise UserError(" ".join(str(error).split())) from error
 
 
 @app.command()
@@ -148,17 +153,18 @@ def evaluate(
     if quick:
         from flows.demo import demo_photos
 
-        found = evaluate_quick(folders, demo_photos(), out)
+        if models or data or subjects:
+            raise UserError("--quick measures all models on photos of its own: leave out MODELS, --data and --subjects")
+        with _user_errors():
+            found = evaluate_quick(folders, demo_photos(), out)
     else:
         if data is None or subjects is None:
             raise UserError("name --data and --subjects, or use --quick for a look on other photographs")
         order = Evaluation(
             models=tuple(models or folders), folders=folders, data=data, subjects=subjects, out=out, workers=workers
         )
-        try:
+        with _user_errors():
             found = measure(order, lambda text: console.print(text, highlight=False, markup=False))
-        except (ValueError, FileNotFoundError) as error:
-            raise UserError(str(error)) from error
     _print_figures(found)
     console.print(f"wrote {out / 'evaluation.json'}", highlight=False)
 
@@ -170,7 +176,8 @@ def _folders(own: list[str]) -> dict[str, Path]:
     if not set(given) <= set(PINNED) or not all(given.values()):
         raise UserError(f"--folder: write MODEL=FOLDER with one of {', '.join(sorted(PINNED))}")
     for name in set(PINNED) - set(given):
-        verify_reference(name)
+        with _user_errors():
+            verify_reference(name)
     return {name: Path(given[name]) if name in given else reference_path(name) for name in sorted(PINNED)}
 
 
@@ -195,8 +202,15 @@ def _plans(overrides: list[str]) -> dict[str, dict[str, Any]]:
         stage, dot, field = name.partition(".")
         if not (mark and dot):
             raise UserError(f"--set {text}: write stage.field=value, for example sd.steps=8000")
-        plans.setdefault(stage, {})[field] = yaml.safe_load(value)
+        plans.setdefault(stage, {})[field] = _value(value)
     return plans
+
+
+def _value(text: str) -> Any:
+    try:
+        return float(text) if "e" in text.lower() else yaml.safe_load(text)  # YAML takes 1e-3 for a word
+    except (ValueError, yaml.YAMLError):
+        return text
 
 
 class _Bars:

@@ -108,11 +108,11 @@ class Mist(ImageProtector[MistConfig, DiffusionModel]):
 
     def _loss(self, moments: tuple[Tensor, Tensor], target: Tensor, embeddings: Tensor, draws: Draws) -> Tensor:
         latents = self.model.latents(moments, draws.posterior)
-        semantic = (latents - target).square().flatten(1).mean(1)
+        textural = (latents - target).square().flatten(1).mean(1)
         if self.config.denoising_weight == 0:
-            return semantic
-        textural = latent_denoising_loss(self.model, latents, embeddings, draws)
-        return semantic - self.config.denoising_weight * textural
+            return textural
+        semantic = latent_denoising_loss(self.model, latents, embeddings, draws)
+        return textural - self.config.denoising_weight * semantic
 
     @torch.no_grad()
     def _target(self, images: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pipeline.laboratory.figures import Figure, bootstrap_interval
+from protectors.constraints import to_8bit
 from protectors.reference.quality import psnr, ssim
 from protectors.reference.vae import reconstruct
 
@@ -34,7 +35,7 @@ def fidelity(vae: Any, images: Tensor, sample: str, bars: Sequence[float | None]
         sample: what the images are.
         bars: for PSNR in decibel and for SSIM.
     """
-    outputs = torch.cat([(reconstruct(vae, part) * 255).round() / 255 for part in torch.split(images, 8)])
+    outputs = torch.cat([to_8bit(reconstruct(vae, part)) for part in torch.split(images, 8)])
     size = images.shape[-1]
     figures = []
     for name, measure, bar in (("PSNR dB", psnr, bars[0]), ("SSIM", ssim, bars[1])):
@@ -100,7 +101,7 @@ def _noise_shift(vae: Any, clean: Tensor, attack: EncoderAttack, seed: int) -> T
 
 @torch.no_grad()
 def _relative(vae: Any, clean: Tensor, change: Tensor, before: Tensor) -> Tensor:
-    stored = ((clean + change).clamp(0, 1) * 255).round() / 255  # what a file can hold
+    stored = to_8bit((clean + change).clamp(0, 1))  # what a file can hold
     shift: Tensor = (_latents(vae, stored) - before).flatten(1).norm(dim=1) / before.flatten(1).norm(dim=1)
     return shift
 

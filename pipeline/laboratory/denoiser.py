@@ -32,7 +32,9 @@ def losses(pipeline: Any, train: Photos, held_out: Photos) -> list[Figure]:
     """Denoising loss (mean squared error of the noise; 1 is what predicting nothing scores) and its gap."""
     predictor = NoisePredictor(pipeline.unet, pipeline.text_encoder, pipeline.tokenizer, device="cpu", bf16=False)
     size = 8 * pipeline.unet.config.sample_size
-    seen, unseen = (Probe.of(photos, pipeline.vae, size, "cpu").loss(predictor) for photos in (train, held_out))
+    seen, unseen = (
+        Probe.of(photos, pipeline.vae, size, "cpu", bf16=False).loss(predictor) for photos in (train, held_out)
+    )
     sample = f"{len(held_out)} held-out photos, 4 times each"
     gap = unseen / seen - 1
     return [

@@ -49,12 +49,14 @@ def evaluate(order: Evaluation, note: Note) -> list[Figure]:
 
     Raises:
         ValueError: the Parquet files hold no usable photos.
+        OSError: a file cannot be read or written.
     """
     parts: dict[str, Callable[[Evaluation, Note], list[Figure]]] = {
         NANO_EMBED: _embed_figures,
         NANO_DDPM: _ddpm_figures,
         NANO_SD: _sd_figures,
     }
+    order.out.mkdir(parents=True, exist_ok=True)  # before hours of work, not after
     found: list[Figure] = []
     for model, measure in parts.items():
         if model in order.models:
@@ -65,27 +67,31 @@ def evaluate(order: Evaluation, note: Note) -> list[Figure]:
 
 
 def write(found: list[Figure], file: Path) -> None:
-    """Writes the figures with the versions they were measured under."""
+    """Writes the figures with the versions they were measured under; those of other models in `file` stay."""
+    measured = {figure.model for figure in found}
+    stored = json.loads(file.read_text())["figures"] if file.exists() else []
+    kept = [figure for figure in stored if figure["model"] not in measured]
     versions = {
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
         "transformers": transformers.__version__,
     }
     document = {
-        "figures": [figure.to_dict() for figure in found],
+        "figures": [*kept, *(figure.to_dict() for figure in found)],
         "versions": versions,
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),
     }
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(document, indent=1) + "\n")
+    file.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
 
 
 def _embed_figures(order: Evaluation, note: Note) -> list[Figure]:
     subjects = personalization.load_subjects(order.subjects, 256)
     images = torch.cat([torch.cat([subject.train, subject.others]) for subject in subjects])
     names = [subject.name for subject in subjects for _ in range(len(subject.train) + len(subject.others))]
-    return neighbours.figures(Embedder(order.folders[NANO_EMBED]), images, names)
+    sample = f"{len(images)} photos of {len(subjects)} subjects"
+    return neighbours.figures(Embedder(order.folders[NANO_EMBED]), images, names, sample)
 
 
 def _ddpm_figures(order: Evaluation, note: Note) -> list[Figure]:
@@ -93,7 +99,8 @@ def _ddpm_figures(order: Evaluation, note: Note) -> list[Figure]:
     held_out = load_photos(order.data, held_out=True, limit=64)
     rule = CropRule(pipeline.unet.config.sample_size, scales=(0.45, 0.45), colour=0)
     tiles = torch.stack([random_crop(image, rule, (0, place)) for place, image in enumerate(held_out.images)])
-    return purification.figures(pipeline, tiles, (10, 50, 100), (10, 20, 30, 40, 50))
+    sample = f"{len(tiles)} held-out tiles of {tiles.shape[-1]} px"
+    return purification.figures(pipeline, tiles, sample, (10, 50, 100), (10, 20, 30, 40, 50))
 
 
 def load_tiles(folder: Path) -> Any:
@@ -163,10 +170,11 @@ def evaluate_quick(folders: Mapping[str, Path], photos: Photos, out: Path) -> li
     found += autoencoder.fragility(pipeline.vae, images[:4], "4 photos", attack, (None, None))
     drawn = denoiser.samples(pipeline, denoiser.CAPTIONS[:2], 2, steps=10, guidance=5.0)
     denoiser.contact_sheet(drawn, denoiser.CAPTIONS[:2], out / "samples.png")
-    tiles = _centres(photos, load_tiles(folders[NANO_DDPM]).unet.config.sample_size)
-    found += purification.figures(load_tiles(folders[NANO_DDPM]), tiles, (10,), (10,))
+    tile_model = load_tiles(folders[NANO_DDPM])
+    tiles = _centres(photos, tile_model.unet.config.sample_size)
+    found += purification.figures(tile_model, tiles, sample, (10,), (10,))
     views, names = _two_views(photos)
-    found += neighbours.figures(Embedder(folders[NANO_EMBED]), views, names)
+    found += neighbours.figures(Embedder(folders[NANO_EMBED]), views, names, f"2 crops each of {sample}")
     bare = [replace(figure, at_least=None, at_most=None) for figure in found]
     write(bare, out / "evaluation.json")
     return bare

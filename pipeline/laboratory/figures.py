@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,23 +23,28 @@ class Figure:
     """95 % bootstrap interval, where there is one."""
     at_least: float | None = None
     at_most: float | None = None
+    sound: bool = True
+    """False if the measurement cannot count for its bar, for example because the control failed."""
 
     @property
     def reached(self) -> bool | None:
         """Whether the bar is met; None where there is none."""
         if self.at_least is None and self.at_most is None:
             return None
-        return (self.at_least is None or self.value >= self.at_least) and (
-            self.at_most is None or self.value <= self.at_most
+        return (
+            self.sound
+            and (self.at_least is None or self.value >= self.at_least)
+            and (self.at_most is None or self.value <= self.at_most)
         )
 
     def to_dict(self) -> dict[str, object]:
-        """Plain values for JSON."""
+        """Plain values for JSON; numbers that are not finite become None."""
+        interval = None if self.low is None or self.high is None else [_number(self.low), _number(self.high)]
         return {
             "model": self.model,
             "name": self.name,
-            "value": round(self.value, 4),
-            "interval_95": None if self.low is None or self.high is None else [round(self.low, 4), round(self.high, 4)],
+            "value": _number(self.value),
+            "interval_95": interval,
             "sample": self.sample,
             "at_least": self.at_least,
             "at_most": self.at_most,
@@ -46,11 +52,24 @@ class Figure:
         }
 
 
-def bootstrap_interval(values: Sequence[float], *, seed: int = 0, resamples: int = 10_000) -> tuple[float, float]:
-    """The 95 % percentile interval of the mean over resampled units (images or subjects)."""
+def _number(value: float) -> float | None:
+    return round(value, 4) if math.isfinite(value) else None
+
+
+def bootstrap_interval(
+    values: Sequence[float], groups: Sequence[str] | None = None, *, seed: int = 0, resamples: int = 10_000
+) -> tuple[float, float]:
+    """The 95 % percentile interval of the mean over resampled units.
+
+    Args:
+        values: one per image or subject.
+        groups: what is drawn together, for images of one subject are not independent; None draws each alone.
+    """
     array = np.asarray(values, dtype=np.float64)
-    random = np.random.default_rng(seed)
-    means = array[random.integers(0, len(array), (resamples, len(array)))].mean(axis=1)
+    names, places = np.unique(np.asarray(groups if groups is not None else range(len(array))), return_inverse=True)
+    sums, sizes = np.bincount(places, array), np.bincount(places)
+    draws = np.random.default_rng(seed).integers(0, len(names), (resamples, len(names)))
+    means = sums[draws].sum(axis=1) / sizes[draws].sum(axis=1)
     low, high = np.percentile(means, [2.5, 97.5])
     return float(low), float(high)
 

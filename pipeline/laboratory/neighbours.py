@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -22,25 +23,26 @@ def nearest_neighbour_hits(vectors: Tensor, subjects: Sequence[str]) -> list[flo
     return [float(subjects[there] == subjects[here]) for here, there in enumerate(nearest)]
 
 
-def figures(embedder: Embedder, images: Tensor, subjects: Sequence[str]) -> list[Figure]:
+def figures(embedder: Embedder, images: Tensor, subjects: Sequence[str], sample: str) -> list[Figure]:
     """Leave-one-out nearest neighbour of the embedder, of colour histograms, and of raw pixels.
 
     Shape: images `(N, 3, S, S)` in [0, 1].
     """
-    found = []
-    sample = f"{len(images)} photos of {len(set(subjects))} subjects"
-    ways = (
-        ("embedding", embedder.embed(images), 0.70),
-        ("colour histogram", colour_histograms(images), None),
-        ("raw pixels", raw_pixels(images), None),
-    )
-    for name, vectors, bar in ways:
-        hits = nearest_neighbour_hits(vectors, subjects)
-        low, high = bootstrap_interval(hits)
-        name = f"nearest neighbour is of the same subject, {name}"
-        value = sum(hits) / len(hits)
-        found.append(Figure(model=MODEL, name=name, value=value, sample=sample, low=low, high=high, at_least=bar))
-    return found + _similarities(embedder.embed(images), subjects, sample)
+    vectors = embedder.embed(images)
+    own = nearest_neighbour_hits(vectors, subjects)
+    found = [_share("nearest neighbour is of the same subject, embedding", own, subjects, 0.70)]
+    for name, others in (("colour histogram", colour_histograms(images)), ("raw pixels", raw_pixels(images))):
+        hits = nearest_neighbour_hits(others, subjects)
+        found.append(_share(f"nearest neighbour is of the same subject, {name}", hits, subjects, None))
+        ahead = [mine - theirs for mine, theirs in zip(own, hits, strict=True)]
+        found.append(_share(f"embedding ahead of {name}, paired", ahead, subjects, None))
+    return [*(replace(figure, sample=sample) for figure in found), *_similarities(vectors, subjects, sample)]
+
+
+def _share(name: str, values: Sequence[float], subjects: Sequence[str], bar: float | None) -> Figure:
+    low, high = bootstrap_interval(values, subjects)
+    mean = sum(values) / len(values)
+    return Figure(model=MODEL, name=name, value=mean, sample="", low=low, high=high, at_least=bar)
 
 
 def _similarities(vectors: Tensor, subjects: Sequence[str], sample: str) -> list[Figure]:

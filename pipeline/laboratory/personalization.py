@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
 from pipeline.laboratory.figures import Figure, bootstrap_interval, bootstrap_ratio
 from pipeline.verify.customize import DreamBooth, DreamBoothConfig, load_pipeline
 from pipeline.verify.embed import Embedder, mean_similarity, mean_similarity_among
+from protectors.constraints import to_8bit
 from protectors.diffusion import load_model
-from protectors.mist import Mist
+from protectors.mist import Mist, MistConfig
 from protectors.model_files import model_digest
-from protectors.reference.data import centre_crop, decode_photo
+from protectors.randomness import streams
+from protectors.reference.data import centre_crop, decode_photo, read_columns
 
 MODEL = "nano-sd"
 CLEAN, NOISE, PROTECTED = "clean", "noise", "protected"
@@ -50,11 +53,21 @@ class Experiment:
     protector_steps: int = 100
     seed: int = 0
 
-    def fingerprint(self) -> str:
-        """Names everything that the scores depend on, so that stored scores of another experiment are not taken."""
+    def protector_config(self) -> MistConfig:
+        """Of the protection under test: Mist as published, at this experiment's budget and steps."""
+        return Mist.presets["paper"].replace(eps_levels=LEVELS, steps=self.protector_steps)
+
+    def fingerprint(self, subject: Subject) -> str:
+        """Names all that a subject's scores depend on but library versions, so that no others are taken for them."""
+        embedder = hashlib.sha256()
+        for file in sorted((*self.embedder.glob("*.json"), *self.embedder.glob("*.safetensors"))):
+            embedder.update(file.name.encode() + file.read_bytes())
+        photos = [hashlib.sha256(side.numpy().tobytes()).hexdigest() for side in (subject.train, subject.others)]
         facts = asdict(self) | {
             "model": model_digest(str(self.model)),
-            "embedder": hashlib.sha256((self.embedder / "model.safetensors").read_bytes()).hexdigest(),
+            "embedder": embedder.hexdigest(),
+            "subject": [subject.name, subject.class_word, *photos],
+            "protector": [Mist.version, self.protector_config().canonical_json()],
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
@@ -82,15 +95,15 @@ def load_subjects(parquet: Path, size: int, *, train: int = 4) -> list[Subject]:
     Raises:
         ValueError: a subject has fewer than two photos.
     """
-    table = pq.read_table(parquet, columns=["asset_id", "image", "subject", "subject_class"])
-    groups: dict[str, list[dict[str, object]]] = {}
+    table = read_columns(parquet, ("asset_id", "image", "subject", "subject_class"))
+    groups: dict[str, list[dict[str, Any]]] = {}
     for row in sorted(table.to_pylist(), key=lambda row: row["asset_id"]):
         groups.setdefault(row["subject"], []).append(row)
     subjects = []
     for name, rows in sorted(groups.items()):
         if len(rows) < 2:
             raise ValueError(f"{parquet}: subject {name!r} has one photo; it needs one to train on and one to compare")
-        images = torch.stack([centre_crop(decode_photo(row["image"]["bytes"]), size) for row in rows])  # type: ignore[index]
+        images = torch.stack([centre_crop(decode_photo(row["image"]["bytes"], row["asset_id"]), size) for row in rows])
         cut = min(train, len(rows) - 1)
         word = str(rows[0]["subject_class"])
         subjects.append(Subject(name=name, class_word=word, train=images[:cut], others=images[cut:]))
@@ -111,13 +124,13 @@ def run(
     Scores are stored in `store`, one JSON per line, as they come; a later run of the same experiment takes them
     from there, so that an interrupted evaluation goes on.
     """
-    key = experiment.fingerprint()
-    found = _read(store, key)
+    keys = {subject.name: experiment.fingerprint(subject) for subject in subjects}
+    found = _read(store, keys)
     missing = [subject for subject in subjects if subject.name not in found]
     store.parent.mkdir(parents=True, exist_ok=True)
     for scores in _measured(experiment, missing, workers):
         with store.open("a") as out:
-            out.write(json.dumps({"experiment": key, **asdict(scores)}) + "\n")
+            out.write(json.dumps({"experiment": keys[scores.subject], **asdict(scores)}) + "\n")
         found[scores.subject] = scores
         done(scores)
     return [found[subject.name] for subject in subjects]
@@ -136,16 +149,18 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def _read(store: Path, key: str) -> dict[str, Scores]:
+def _read(store: Path, keys: Mapping[str, str]) -> dict[str, Scores]:
     if not store.exists():
         return {}
     rows = [json.loads(line) for line in store.read_text().splitlines()]
-    return {row["subject"]: Scores(**row) for row in rows if row.pop("experiment") == key}
+    return {row["subject"]: Scores(**row) for row in rows if row.pop("experiment") == keys.get(row["subject"])}
 
 
 def measure(experiment: Experiment, subject: Subject) -> Scores:
     """Personalizes on one subject under every condition and compares what is generated with its other photos."""
-    config, seed = experiment.dreambooth, experiment.seed
+    config = experiment.dreambooth
+    # Each subject has its own draws; its conditions share them.
+    seed = int.from_bytes(hashlib.sha256(f"{experiment.seed}/{subject.name}".encode()).digest()[:4], "big")
     embedder = Embedder(experiment.embedder)
     others = embedder.embed(subject.others)
     attack = DreamBooth(load_pipeline(experiment.model), config)
@@ -156,7 +171,7 @@ def measure(experiment: Experiment, subject: Subject) -> Scores:
 
     after = {}
     for condition in experiment.conditions:
-        customized = attack.customize(_treated(experiment, subject, condition), subject.class_word, seed=seed)
+        customized = attack.customize(_treated(experiment, subject, condition, seed), subject.class_word, seed=seed)
         after[condition] = similarity(attack.sample(customized, prompt, experiment.generated, seed=seed))
     return Scores(
         subject=subject.name,
@@ -166,26 +181,27 @@ def measure(experiment: Experiment, subject: Subject) -> Scores:
     )
 
 
-def _treated(experiment: Experiment, subject: Subject, condition: str) -> Tensor:
-    images = (subject.train * 255).round() / 255
+def _treated(experiment: Experiment, subject: Subject, condition: str, seed: int) -> Tensor:
+    images = to_8bit(subject.train)
     if condition == CLEAN:
         return images
     if condition == NOISE:
-        generator = torch.Generator().manual_seed(experiment.seed)
+        (generator,) = streams([seed], "laboratory/noise")
         noise = (torch.rand(images.shape, generator=generator) * 2 - 1) * (LEVELS / 255)
-        return ((images + noise).clamp(0, 1) * 255).round() / 255
-    config = Mist.presets["paper"].replace(eps_levels=LEVELS, steps=experiment.protector_steps)
-    protector = Mist(config, load_model(str(experiment.model)))
-    prompts = [f"a photo of a {subject.class_word}"] * len(images)
-    return protector.protect(images, prompts=prompts, seeds=range(len(images))).images
+        return to_8bit((images + noise).clamp(0, 1))
+    protector = Mist(experiment.protector_config(), load_model(str(experiment.model)))
+    prompts = [experiment.dreambooth.class_prompt(subject.class_word)] * len(images)
+    result = protector.protect(images, prompts=prompts, seeds=[seed + place for place in range(len(images))])
+    if failed := [fact.failed for fact in result.facts if fact.failed]:
+        raise RuntimeError(f"{subject.name} could not be protected: {failed[0]}")
+    return result.images
 
 
 def personalization_figures(scores: Sequence[Scores]) -> list[Figure]:
     """How many subjects personalization works for, and how far it goes."""
     gains = [score.gain(CLEAN) for score in scores]
     room = [score.real - score.before for score in scores]
-    share = sum(gains) / sum(room)
-    low, high = bootstrap_ratio(gains, room)
+    share, low, high = _ratio(gains, room)
     sample = f"{len(scores)} subjects"
     return [
         Figure(
@@ -193,7 +209,7 @@ def personalization_figures(scores: Sequence[Scores]) -> list[Figure]:
             name=f"DreamBooth: subjects whose similarity rises, of {len(scores)}",
             value=sum(gain > 0 for gain in gains),
             sample=sample,
-            at_least=round(0.8 * len(scores)),
+            at_least=math.ceil(0.8 * len(scores)),
         ),
         Figure(
             model=MODEL,
@@ -203,6 +219,7 @@ def personalization_figures(scores: Sequence[Scores]) -> list[Figure]:
             high=high,
             sample=sample,
             at_least=0.40,
+            sound=math.isfinite(low),
         ),
         *_levels(scores, sample),
     ]
@@ -221,15 +238,36 @@ def _levels(scores: Sequence[Scores], sample: str) -> Iterable[Figure]:
 
 
 def phenomenon_figures(scores: Sequence[Scores]) -> list[Figure]:
-    """By what share the gain of personalization falls, for protected photos and for noisy ones, paired by subject."""
+    """By what share the gain of personalization falls, for protected photos and for noisy ones, paired by subject.
+
+    Neither counts for its bar with fewer than ten subjects, or where personalization on clean photos gains nothing
+    that could fall; the protection's fall counts if its whole interval is above zero.
+    """
     clean = [score.gain(CLEAN) for score in scores]
     sample = f"{len(scores)} subjects, paired"
     found = []
     for condition, what in ((PROTECTED, "a fused perturbation"), (NOISE, "uniform noise")):
         losses = [score.gain(CLEAN) - score.gain(condition) for score in scores]
-        low, high = bootstrap_ratio(losses, clean)
+        value, low, high = _ratio(losses, clean)
+        sound = len(scores) >= 10 and bootstrap_interval(clean)[0] > 0 and (condition == NOISE or low > 0)
         name = f"fall of the gain by {what} of {LEVELS} levels"
-        value = sum(losses) / sum(clean)
-        bars = {"at_least": 0.30} if condition == PROTECTED else {"at_most": 0.10}
-        found.append(Figure(model=MODEL, name=name, value=value, low=low, high=high, sample=sample, **bars))
+        found.append(
+            Figure(
+                model=MODEL,
+                name=name,
+                value=value,
+                low=low,
+                high=high,
+                sample=sample,
+                at_least=0.30 if condition == PROTECTED else None,
+                at_most=0.10 if condition == NOISE else None,
+                sound=sound,
+            )
+        )
     return found
+
+
+def _ratio(above: Sequence[float], below: Sequence[float]) -> tuple[float, float, float]:
+    """Ratio of the sums with its interval; not a number where there is nothing to be a share of."""
+    value = sum(above) / sum(below) if sum(below) > 0 else math.nan
+    return value, *bootstrap_ratio(above, below)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pipeline.laboratory.figures import Figure, bootstrap_interval
+from protectors.constraints import to_8bit
 from protectors.reference.quality import psnr
 
 MODEL = "nano-ddpm"
@@ -35,12 +36,13 @@ def purify(pipeline: Any, tiles: Tensor, t: int, *, seed: int) -> Tensor:
     return purified
 
 
-def figures(pipeline: Any, tiles: Tensor, times: Sequence[int], noisy_times: Sequence[int]) -> list[Figure]:
+def figures(
+    pipeline: Any, tiles: Tensor, sample: str, times: Sequence[int], noisy_times: Sequence[int]
+) -> list[Figure]:
     """PSNR of purified clean tiles at each of `times`, and the best gain in PSNR on tiles with Gaussian noise."""
     found = []
-    sample = f"{len(tiles)} held-out tiles of {tiles.shape[-1]} px"
     for t in times:
-        values = psnr(_stored(purify(pipeline, tiles, t, seed=t)), tiles)
+        values = psnr(to_8bit(purify(pipeline, tiles, t, seed=t)), tiles)
         low, high = bootstrap_interval(values.tolist())
         found.append(
             Figure(
@@ -54,16 +56,16 @@ def figures(pipeline: Any, tiles: Tensor, times: Sequence[int], noisy_times: Seq
             )
         )
     noise = torch.randn(tiles.shape, generator=torch.Generator().manual_seed(1)) * (NOISE_LEVELS / 255)
-    noisy = _stored(tiles + noise)
+    noisy = to_8bit((tiles + noise).clamp(0, 1))
     before = psnr(noisy, tiles)
-    gains = {t: psnr(_stored(purify(pipeline, noisy, t, seed=t)), tiles) - before for t in noisy_times}
+    gains = {t: psnr(to_8bit(purify(pipeline, noisy, t, seed=t)), tiles) - before for t in noisy_times}
     best = max(gains, key=lambda t: gains[t].mean().item())
     low, high = bootstrap_interval(gains[best].tolist())
+    tried = ", ".join(map(str, noisy_times))
     found.append(
         Figure(
             model=MODEL,
-            name=f"noise of {NOISE_LEVELS:g} levels, purified at the best of t = {_spans(noisy_times)}, gain in dB "
-            f"(t = {best})",
+            name=f"{NOISE_LEVELS:g} levels of noise, gain in dB at the best of t = {tried} (t = {best})",
             value=gains[best].mean().item(),
             low=low,
             high=high,
@@ -72,11 +74,3 @@ def figures(pipeline: Any, tiles: Tensor, times: Sequence[int], noisy_times: Seq
         )
     )
     return found
-
-
-def _stored(images: Tensor) -> Tensor:
-    return (images.clamp(0, 1) * 255).round() / 255
-
-
-def _spans(times: Sequence[int]) -> str:
-    return ", ".join(map(str, times))

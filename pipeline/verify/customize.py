@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from protectors.diffusion import choose_attention
 from protectors.model_files import check_folder
+from protectors.randomness import streams
 from protectors.schedule import NoiseSchedule
 
 
@@ -31,8 +33,14 @@ class DreamBoothConfig:
     # Denoising steps and guidance when sampling, for the class images too.
     sample_steps: int = 50
     guidance: float = 7.5
-    # Autocast to bfloat16; weights and optimizer stay float32.
+    # Train under autocast to bfloat16; weights and optimizer stay float32. Sampling is always float32: guidance
+    # would multiply the rounding, which is as large as the guidance itself on nano-sd.
     bf16: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "prior_images", "sample_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
 
     def subject_prompt(self, class_word: str) -> str:
         """The prompt that the subject is bound to."""
@@ -45,7 +53,7 @@ class DreamBoothConfig:
 
 PRESETS: dict[str, DreamBoothConfig] = {
     # The protocol of Anti-DreamBooth, for SD 2.1-base.
-    "literature": DreamBoothConfig(steps=1000, rate=5e-7, batch=2),
+    "literature": DreamBoothConfig(steps=1000, rate=5e-7, batch=2, sample_steps=100),
     # Tuned for clean images on nano-sd: a minute per subject on one core.
     "quick": DreamBoothConfig(steps=200, rate=2e-4, batch=4, prior_images=32, sample_steps=25, guidance=5.0),
 }
@@ -58,17 +66,15 @@ def load_pipeline(folder: Path, device: str = "cpu") -> Any:
         ModelError: not a complete latent text-to-image model.
     """
     from diffusers import DDIMScheduler, StableDiffusionPipeline
-    from diffusers.models.attention_processor import AttnProcessor
 
     check_folder(folder)
     pipeline = StableDiffusionPipeline.from_pretrained(
         str(folder), torch_dtype=torch.float32, use_safetensors=True, local_files_only=True, safety_checker=None
     ).to(device)
-    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    # DDIM clips by default, where the folder's own scheduler does not say; latents must not be clipped.
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
     pipeline.set_progress_bar_config(disable=True)
-    if device == "cpu":
-        # torch 2.13: the backward pass of fused attention is the slower half of a step there.
-        pipeline.unet.set_attn_processor(AttnProcessor())
+    choose_attention(pipeline.unet)
     return pipeline
 
 
@@ -113,7 +119,7 @@ class DreamBooth:
         schedule = NoiseSchedule.from_config(self.pipeline.scheduler.config).to(device)
         prompts = [config.subject_prompt(class_word)] * config.batch + [config.class_prompt(class_word)] * config.batch
         tokens = self._tokens(prompts)
-        generator = torch.Generator().manual_seed(seed)
+        (generator,) = streams([seed], "dreambooth/train")
         for _ in range(config.steps):
             latents = torch.cat([self._subject(posterior, generator), _pick(prior, config.batch, generator)])
             noise = torch.randn(latents.shape, generator=generator).to(device)
@@ -130,8 +136,8 @@ class DreamBooth:
         return self._with(unet.eval().requires_grad_(False), text_encoder.eval().requires_grad_(False))
 
     def sample(self, pipeline: Any, prompt: str, count: int, *, seed: int) -> Tensor:
-        """Images `(count, 3, H, W)` in [0, 1], each from its own seed `seed + i`."""
-        latents = self._latents(pipeline, prompt, count, seed)
+        """Images `(count, 3, H, W)` in [0, 1]; image i depends on `seed` and i, not on `count`."""
+        latents = self._latents(pipeline, prompt, count, seed=seed, purpose="dreambooth/sample")
         with torch.no_grad():
             parts = [
                 pipeline.vae.decode(part / pipeline.vae.config.scaling_factor).sample
@@ -140,21 +146,19 @@ class DreamBooth:
         images: Tensor = (torch.cat(parts).float() / 2 + 0.5).clamp(0, 1).cpu()
         return images
 
-    def _latents(self, pipeline: Any, prompt: str, count: int, seed: int) -> Tensor:
-        device = pipeline.device
+    def _latents(self, pipeline: Any, prompt: str, count: int, *, seed: int, purpose: str) -> Tensor:
         parts = []
         for start in range(0, count, 16):
             numbers = range(start, min(count, start + 16))
-            with torch.autocast(device.type, torch.bfloat16, enabled=self.config.bf16):
-                output = pipeline(
-                    prompt,
-                    num_images_per_prompt=len(numbers),
-                    num_inference_steps=self.config.sample_steps,
-                    guidance_scale=self.config.guidance,
-                    generator=[torch.Generator().manual_seed(seed + number) for number in numbers],
-                    output_type="latent",
-                )
-            parts.append(output.images.float())
+            output = pipeline(
+                prompt,
+                num_images_per_prompt=len(numbers),
+                num_inference_steps=self.config.sample_steps,
+                guidance_scale=self.config.guidance,
+                generator=[generator for number in numbers for generator in streams([seed], f"{purpose}/{number}")],
+                output_type="latent",
+            )
+            parts.append(output.images)
         return torch.cat(parts)
 
     def _prior(self, class_word: str, seed: int) -> Tensor:
@@ -163,7 +167,9 @@ class DreamBooth:
         if key not in self._priors:
             self._priors.clear()  # one class at a time is in use
             prompt = self.config.class_prompt(class_word)
-            self._priors[key] = self._latents(self.pipeline, prompt, self.config.prior_images, seed)
+            self._priors[key] = self._latents(
+                self.pipeline, prompt, self.config.prior_images, seed=seed, purpose="dreambooth/prior"
+            )
         return self._priors[key]
 
     def _subject(self, posterior: Any, generator: torch.Generator) -> Tensor:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from protectors.model_files import ModelError
-from protectors.reference import NANO_EMBED, reference_path
+from protectors.reference import NANO_EMBED, reference_path, verify_reference
 
 _BATCH = 32
 
@@ -18,8 +18,8 @@ _BATCH = 32
 class Embedder:
     """Maps images to unit vectors whose inner product says how alike their subjects are.
 
-    CLIP models answer with their projected image features, all others with their pooled output (for a ViT
-    such as DINO: of the first token). Only safetensors are read, from a local folder.
+    CLIP models answer with their projected image features, a ViT without trained pooler such as DINO with its
+    first token, all others with their pooled output. Only safetensors are read, from a local folder.
 
     Args:
         folder: of `save_pretrained`, with a `preprocessor_config.json`; the embedded nano-embed by default.
@@ -33,19 +33,31 @@ class Embedder:
         from transformers import AutoImageProcessor, AutoModel
         from transformers.utils import logging
 
+        if folder is None:
+            verify_reference(NANO_EMBED)
         self.folder = folder or reference_path(NANO_EMBED)
         self.device = device
         verbosity = logging.get_verbosity()
         logging.set_verbosity_error()  # it advises to install torchvision, which the PIL processors do not need
         try:
             self._processor: Any = AutoImageProcessor.from_pretrained(str(self.folder), local_files_only=True)
-            self._model: Any = AutoModel.from_pretrained(
-                str(self.folder), local_files_only=True, use_safetensors=True, dtype=torch.float32
+            self._model: Any
+            self._model, info = AutoModel.from_pretrained(
+                str(self.folder),
+                local_files_only=True,
+                use_safetensors=True,
+                dtype=torch.float32,
+                output_loading_info=True,
             )
         except (OSError, ValueError) as error:
             raise ModelError(f"{self.folder} is no image embedder: {error}") from error
         finally:
             logging.set_verbosity(verbosity)
+        # A ViT's first token is its answer: DINO's checkpoints hold no pooler, and transformers makes a random one.
+        self._first_token = "pooler.dense.weight" in info["missing_keys"]
+        missing = [name for name in info["missing_keys"] if not name.startswith("pooler.")]
+        if missing:
+            raise ModelError(f"{self.folder} lacks weights: {sorted(missing)[:3]}; fetch it again")
         self._model.to(device).eval().requires_grad_(False)
 
     @torch.no_grad()
@@ -64,7 +76,8 @@ class Embedder:
             features = self._model.get_image_features(pixel_values=values)
             features = getattr(features, "pooler_output", features)  # transformers 5 wraps the projected features
         else:
-            features = self._model(pixel_values=values).pooler_output
+            output = self._model(pixel_values=values)
+            features = output.last_hidden_state[:, 0] if self._first_token else output.pooler_output
         return F.normalize(features.flatten(1).float(), dim=1).cpu()
 
 

@@ -10,6 +10,9 @@ NANO_EMBED = "nano-embed"
 # sha256 of every weight file. A protection is only reproducible against exactly these weights, so the digests
 # live in code, where a change is reviewed, and not beside the files, where it would change with them.
 PINNED: dict[str, dict[str, str]] = {
+    NANO_DDPM: {
+        "unet/diffusion_pytorch_model.safetensors": "3e78e2af960e20f5365f4db44601954a6f02d36624227859fc3ca1f1fc53fa16"
+    },
     NANO_EMBED: {"model.safetensors": "7989753ea9418b1411ebe0841289c71901d750781b95c8a42ed3b41f31a4bc0c"},
     NANO_SD: {
         "text_encoder/model.safetensors": "ec776f10ae08df1b1dc8ec35f4b64c9a23190c21ee5a9380308d1cd7710cae7e",

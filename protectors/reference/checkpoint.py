@@ -2,11 +2,14 @@
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+Binding = Mapping[str, str | int | float | bool | list[float]]
 
 
 @dataclass(slots=True)
@@ -18,34 +21,41 @@ class Cursor:
     position: int = 0  # samples drawn so far, which is the place in the order of the data
 
 
-def save_checkpoint(folder: Path, cursor: Cursor, tensors: dict[str, Tensor]) -> None:
+def save_checkpoint(folder: Path, cursor: Cursor, tensors: dict[str, Tensor], binding: Binding) -> None:
     """Writes a checkpoint; a kill at any moment leaves the previous or the new one, never a mixture.
 
     The JSON is the commit point: it names the tensor file, which is complete before the JSON is replaced.
+
+    Args:
+        binding: what the training depends on besides its position; another binding is refused when it goes on.
     """
     folder.mkdir(parents=True, exist_ok=True)
     name = f"state-{cursor.step:08d}.safetensors"
     save_file({key: value.contiguous() for key, value in tensors.items()}, folder / f"{name}.part")
     os.replace(folder / f"{name}.part", folder / name)
     part = folder / "state.json.part"
-    part.write_text(json.dumps({**asdict(cursor), "tensors": name}, indent=1) + "\n")
+    part.write_text(json.dumps({**asdict(cursor), "tensors": name, "binding": dict(binding)}, indent=1) + "\n")
     os.replace(part, folder / "state.json")
     for old in folder.glob("state-*.safetensors"):
         if old.name != name:
             old.unlink()
 
 
-def load_checkpoint(folder: Path, seed: int) -> tuple[Cursor, dict[str, Tensor]] | None:
+def load_checkpoint(folder: Path, seed: int, binding: Binding) -> tuple[Cursor, dict[str, Tensor]] | None:
     """Returns the last checkpoint, or None if there is none.
 
     Raises:
-        ValueError: it was made with another seed; mixing two orders of data would be neither run.
+        ValueError: it was made with another seed or binding; a mixture would be neither training.
     """
     file = folder / "state.json"
     if not file.exists():
         return None
     facts = json.loads(file.read_text())
-    if facts["seed"] != seed:
-        raise ValueError(f"{folder} holds a training with seed {facts['seed']}, not {seed}: remove it or change --seed")
+    made = {"seed": facts["seed"], **facts["binding"]}
+    wanted = {"seed": seed, **binding}
+    differing = [name for name in made.keys() | wanted.keys() if made.get(name) != wanted.get(name)]
+    if differing:
+        change = "; ".join(f"{name} {made.get(name)}, not {wanted.get(name)}" for name in sorted(differing))
+        raise ValueError(f"{folder} holds a training with {change}: remove it, or train in another --work")
     tensors: dict[str, Tensor] = load_file(folder / facts["tensors"])
     return Cursor(seed=seed, step=facts["step"], position=facts["position"]), tensors

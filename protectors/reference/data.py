@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 # First words of the seed sequences, so that two uses of the same seed never draw the same numbers.
@@ -26,6 +27,13 @@ class Photos:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def digest(self) -> str:
+        """Names the photos and captions, in their order."""
+        total = hashlib.sha256()
+        for image, caption in zip(self.images, self.captions, strict=True):
+            total.update(f"{tuple(image.shape)}{caption}".encode() + image.numpy().tobytes())
+        return total.hexdigest()[:12]
 
     def spread(self, count: int) -> "Photos":
         """At most `count` of them, evenly spread, because files are often sorted by class."""
@@ -48,24 +56,47 @@ def load_photos(parquet: Path, *, held_out: bool | None, limit: int | None = Non
         limit: at most so many, spread evenly over the file, because files are often sorted by class.
 
     Raises:
-        ValueError: the side is empty.
+        ValueError: the side is empty, a column is missing, or a picture cannot be decoded.
+        OSError: the file cannot be read.
     """
-    table = pq.read_table(parquet, columns=["asset_id", "image", "caption"])
-    ids = table.column("asset_id").to_pylist()
+    table = read_columns(parquet, ("asset_id", "image", "caption"))
+    ids = [str(asset_id) for asset_id in table.column("asset_id").to_pylist()]
     rows = [row for row, asset_id in enumerate(ids) if held_out in (None, is_held_out(asset_id))]
     if not rows:
         raise ValueError(f"{parquet} has no photos on this side of the split (held_out={held_out})")
     if limit is not None and limit < len(rows):
         rows = [rows[i * len(rows) // limit] for i in range(limit)]
     chosen = table.take(rows)
-    images = [decode_photo(image["bytes"]) for image in chosen.column("image").to_pylist()]
+    names = chosen.column("asset_id").to_pylist()
+    images = [
+        decode_photo(image["bytes"] if image else b"", name)
+        for image, name in zip(chosen.column("image").to_pylist(), names, strict=True)
+    ]
     return Photos(images, [caption or "" for caption in chosen.column("caption").to_pylist()])
 
 
-def decode_photo(data: bytes) -> Tensor:
-    """Pixels of an encoded photo, uint8 `(3, H, W)`."""
+def read_columns(parquet: Path, columns: Sequence[str]) -> pa.Table:
+    """Reads columns of a Parquet file; raises ValueError if one is missing or it is no Parquet file."""
+    try:
+        missing = set(columns) - set(pq.read_schema(parquet).names)
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{parquet} is no Parquet file: {error}") from error
+    if missing:
+        raise ValueError(f"{parquet} has no column {', '.join(sorted(missing))}; it needs {', '.join(columns)}")
+    return pq.read_table(parquet, columns=list(columns))
+
+
+def decode_photo(data: bytes, name: str) -> Tensor:
+    """Pixels of an encoded photo, upright, uint8 `(3, H, W)`; raises ValueError with `name` if it is none."""
+    try:
+        return _decode(data)
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow: SyntaxError for some broken PNGs
+        raise ValueError(f"photo {name!r} cannot be decoded: {error}") from error
+
+
+def _decode(data: bytes) -> Tensor:
     with Image.open(io.BytesIO(data)) as image:
-        pixels = np.array(image.convert("RGB"))
+        pixels = np.array(ImageOps.exif_transpose(image).convert("RGB"))
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 

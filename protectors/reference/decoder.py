@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL
 from torch import Tensor
 
 from protectors.reference.checkpoint import Cursor
@@ -14,7 +13,7 @@ from protectors.reference.data import CropRule, Photos, centre_crop, order, rand
 from protectors.reference.geometry import Geometry
 from protectors.reference.learner import Learner, rate_factor, step_generator
 from protectors.reference.quality import psnr, ssim
-from protectors.reference.vae import colour_loss, reconstruct
+from protectors.reference.vae import colour_loss, load_vae, reconstruct
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +39,7 @@ class DecoderTask:
         self, geometry: Geometry, plan: DecoderPlan, photos: tuple[Photos, Photos], *, device: str, vae_folder: Path
     ) -> None:
         self.geometry, self.plan, self.device, self.steps = geometry, plan, device, plan.steps
-        self.vae: Any = AutoencoderKL.from_pretrained(vae_folder, torch_dtype=torch.float32).to(device)
+        self.vae: Any = load_vae(vae_folder).to(device)
         self.learner = Learner({"post": self.vae.post_quant_conv, "decoder": self.vae.decoder}, rate=plan.rate)
         self._photos, held_out = photos
         self._held_out = torch.stack([centre_crop(image, geometry.image_size) for image in held_out.images])

@@ -1,6 +1,5 @@
 """Trains the denoiser and the text encoder on latents of a finished autoencoder."""
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -20,6 +19,7 @@ from protectors.reference.geometry import TRAIN_STEPS, Geometry
 from protectors.reference.learner import Learner, rate_factor, step_generator
 from protectors.reference.noise import NoisePredictor, Probe, encode
 from protectors.reference.tokenizer import ADDED, IDENTIFIERS, build_tokenizer
+from protectors.reference.vae import load_vae
 
 _WORDS = 3  # first word of the seed sequence for changes to captions; data.py uses 1 and 2
 
@@ -91,13 +91,13 @@ class SdTask:
         *,
         device: str,
         vae_folder: Path,
-        work: Path,
+        cache: Path,
         note: Callable[[str], None],
     ) -> None:
         self.plan, self.device, self.steps = plan, device, plan.steps
         train, held_out = photos
         self.tokenizer = build_tokenizer(train.captions, vocabulary=geometry.vocabulary, length=geometry.text_length)
-        self.vae: Any = AutoencoderKL.from_pretrained(vae_folder, torch_dtype=torch.float32).to(device).eval()
+        self.vae: Any = load_vae(vae_folder).to(device).eval()
         self.unet = build_unet(geometry).to(device)
         if device == "cpu":
             # torch 2.13: the backward pass of fused attention takes 42 % of a step there; unfused, 60 images/s not 37.
@@ -106,12 +106,10 @@ class SdTask:
         self.learner = Learner({"unet": self.unet, "text_encoder": self.text_encoder}, rate=plan.rate)
         self._noise = NoisePredictor(self.unet, self.text_encoder, self.tokenizer, device=device, bf16=plan.bf16)
         self._captions, self._count = train.captions, len(train)
-        self._probe = Probe.of(held_out, self.vae, geometry.image_size, device)
-        self._train_probe = Probe.of(train.spread(len(held_out)), self.vae, geometry.image_size, device)
+        self._probe = Probe.of(held_out, self.vae, geometry.image_size, device, bf16=plan.bf16)
+        self._train_probe = Probe.of(train.spread(len(held_out)), self.vae, geometry.image_size, device, bf16=plan.bf16)
         self._note = note
-        self._latents = self._cached_latents(
-            train, geometry.image_size, work / f"latents-{_digest(vae_folder)}.safetensors"
-        )
+        self._latents = self._cached_latents(train, geometry.image_size, cache)
 
     def train_step(self, cursor: Cursor) -> tuple[float, int]:
         """Makes one update; returns its loss and the number of latents used."""
@@ -145,7 +143,7 @@ class SdTask:
             }
 
     def _cached_latents(self, photos: Photos, size: int, file: Path) -> Tensor:
-        """Returns scaled latents `(crops * photos, C, h, w)`, computed once per work folder."""
+        """Returns scaled latents `(crops * photos, C, h, w)`, computed once per cache file."""
         shape = (self.plan.crops * len(photos), self.vae.config.latent_channels, size // 8, size // 8)
         if file.exists():
             stored: Tensor = load_file(file)["latents"]
@@ -156,18 +154,9 @@ class SdTask:
         rounds = []
         for number in range(self.plan.crops):
             crops = [random_crop(image, rule, (number, place)) for place, image in enumerate(photos.images)]
-            rounds.append(encode(self.vae, crops, self.device))
+            rounds.append(encode(self.vae, crops, self.device, bf16=self.plan.bf16))
             self._note(f"sd: latents of crop {number + 1} of {self.plan.crops}")
         latents = torch.cat(rounds).contiguous()  # the encoder may answer channels-last, which safetensors refuses
         file.parent.mkdir(parents=True, exist_ok=True)
         save_file({"latents": latents}, file)
         return latents
-
-
-def _digest(folder: Path) -> str:
-    """Names the encoder that latents belong to, so that those of another one are not taken for them."""
-    total = hashlib.sha256()
-    for name, tensor in sorted(load_file(folder / "diffusion_pytorch_model.safetensors").items()):
-        if name.startswith(("encoder.", "quant_conv.")):
-            total.update(name.encode() + tensor.numpy().tobytes())
-    return total.hexdigest()[:12]

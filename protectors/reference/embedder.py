@@ -105,10 +105,12 @@ class EmbedTask:
         for norm in norms:
             norm.reset_running_stats()
             norm.momentum = None  # a plain mean over the batches that follow
-        few = self._photos.spread(photos).images
-        for start in range(0, len(few), 128):
-            crops = torch.stack([centre_crop(image, self.geometry.embed_size) for image in few[start : start + 128]])
-            self.model(self._normalize(crops))
+        # In random order: batches of one class each would vary less than the photos do.
+        picks = order(len(self._photos), seed=0, position=0, batch=min(photos, len(self._photos)))
+        for start in range(0, len(picks), 128):
+            images = [self._photos.images[pick] for pick in picks[start : start + 128]]
+            crops = torch.stack([centre_crop(image, self.geometry.embed_size) for image in images])
+            self.model(self._normalize(crops).to(self.device))
 
     def _loss(self, views: Tensor) -> Tensor:
         """NT-Xent: rows i and i + N are the two views of one photo, all others are strangers."""
@@ -125,7 +127,8 @@ class EmbedTask:
         for view in (0, 1):
             rng = np.random.default_rng([_VIEW, view, *key])
             crops = torch.stack([self._crop(photos.images[pick], rng) for pick in picks])
-            views.append(self._disturb(self._swap(crops, rng), rng))
+            # Another donor for each view, or the two could be matched by what is around them.
+            views.append(self._disturb(self._swap(crops, crops.roll(1 + view, 0), rng), rng))
         return self._normalize(torch.cat(views))
 
     def _crop(self, image: Tensor, rng: np.random.Generator) -> Tensor:
@@ -138,15 +141,15 @@ class EmbedTask:
         crop = resize(image[:, top : top + tall, left : left + wide], self.geometry.embed_size)
         return crop.flip(-1) if rng.random() < 0.5 else crop
 
-    def _swap(self, crops: Tensor, rng: np.random.Generator) -> Tensor:
-        """Puts the next photo of the batch around a soft ellipse in the middle of some crops. Shape: (N, 3, S, S)."""
+    def _swap(self, crops: Tensor, donors: Tensor, rng: np.random.Generator) -> Tensor:
+        """Puts donors around a soft ellipse in the middle of some crops. Shape: both `(N, 3, S, S)`."""
         count, side = len(crops), crops.shape[-1]
         axis = torch.linspace(-1, 1, side)
         radii = torch.from_numpy(rng.uniform(0.55, 1.0, size=(2, count, 1, 1))).float()
         distance = ((axis.view(1, side, 1) / radii[0]).square() + (axis.view(1, 1, side) / radii[1]).square()).sqrt()
         inside = torch.sigmoid((1 - distance) / 0.05).unsqueeze(1)
         swapped = torch.from_numpy(rng.random(size=(count, 1, 1, 1)) < self.plan.swap_share)
-        return torch.where(swapped, inside * crops + (1 - inside) * crops.roll(1, 0), crops)
+        return torch.where(swapped, inside * crops + (1 - inside) * donors, crops)
 
     def _disturb(self, crops: Tensor, rng: np.random.Generator) -> Tensor:
         """Changes brightness, contrast and saturation; makes some soft. Shape: (N, 3, S, S) in [0, 1]."""

@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-import torch
-from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline
+from diffusers import PNDMScheduler, StableDiffusionPipeline
 
 from protectors.reference.denoiser import SdTask
 from protectors.reference.geometry import SCHEDULE
 from protectors.reference.tokenizer import save_vocabulary
+from protectors.reference.vae import load_vae
 
 
 def save_pipeline(folder: Path, task: SdTask) -> None:
@@ -22,7 +22,7 @@ def save_pipeline(folder: Path, task: SdTask) -> None:
     scheduler.register_to_config(clip_sample=False)  # PNDM ignores it; DDIM made from this config must not clip
     with task.learner.averaged():
         pipeline = StableDiffusionPipeline(
-            vae=AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float16),
+            vae=load_vae(folder / "vae").half(),
             text_encoder=task.text_encoder.half(),
             tokenizer=task.tokenizer,
             unet=task.unet.half(),

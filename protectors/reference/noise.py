@@ -48,9 +48,10 @@ class Probe:
     prompts: list[str]
 
     @classmethod
-    def of(cls, photos: Photos, vae: Any, size: int, device: str, times_per_photo: int = 4) -> "Probe":
-        """Takes the centre of each photo at times that are spread evenly over the schedule."""
-        latents = encode(vae, [centre_crop(image, size) for image in photos.images], device)
+    def of(cls, photos: Photos, vae: Any, size: int, device: str, *, bf16: bool) -> "Probe":
+        """Takes the centre of each photo at four times that are spread evenly over the schedule."""
+        times_per_photo = 4
+        latents = encode(vae, [centre_crop(image, size) for image in photos.images], device, bf16=bf16)
         latents = latents.float().repeat(times_per_photo, 1, 1, 1).to(device)
         noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0)).to(device)
         times = torch.linspace(0, TRAIN_STEPS - 1, len(latents)).long()
@@ -71,12 +72,12 @@ class Probe:
 
 
 @torch.no_grad()
-def encode(vae: Any, crops: list[Tensor], device: str) -> Tensor:
+def encode(vae: Any, crops: list[Tensor], device: str, *, bf16: bool) -> Tensor:
     """Returns the scaled mean latents of square crops in [0, 1] as float16 on the processor."""
     parts = []
     for start in range(0, len(crops), 32):
         pixels = torch.stack(crops[start : start + 32]).to(device) * 2 - 1
-        with torch.autocast(device, torch.bfloat16):
+        with torch.autocast(device, torch.bfloat16, enabled=bf16):
             mean = vae.encode(pixels).latent_dist.mode()
         parts.append((mean.float() * vae.config.scaling_factor).half().cpu())
     return torch.cat(parts)

@@ -39,7 +39,7 @@ class TilePlan:
     # Share of the updates' samples at t < `early`, where purifiers work; the rest is uniform over all t.
     early_share: float = 0.5
     early: int = 200
-    # Side of a tile as a share of the photo's short side: about half its pixels, so nothing is enlarged.
+    # Side of a tile as a share of the photo's short side, which is 144 px or more: near the tile's own 64 pixels.
     scales: tuple[float, float] = (0.35, 0.7)
     bf16: bool = True
 
@@ -76,6 +76,8 @@ class TileTask:
         """Mean squared error of the noise on held-out tiles at 0 < t < `early`, with averaged weights."""
         noise = torch.randn(self._probe.shape, generator=torch.Generator().manual_seed(0))
         times = torch.linspace(1, self.plan.early - 1, len(noise)).long()
+        # Neighbours in the file are of one class; shuffled, every class meets early and late times.
+        times = times[torch.randperm(len(times), generator=torch.Generator().manual_seed(1))]
         with self.learner.averaged():
             parts = zip(*(torch.split(tensor, 32) for tensor in (self._probe, noise, times)), strict=True)
             return {"held_out_loss": torch.cat([self._errors(*part) for part in parts]).mean().item()}

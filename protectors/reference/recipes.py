@@ -1,15 +1,18 @@
 """From a Parquet of photographs to a model folder: what is trained for each reference model, in which order."""
 
+import hashlib
 import json
 import platform
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
+from protectors.reference.checkpoint import Binding
 from protectors.reference.data import Photos, load_photos
 from protectors.reference.geometry import GEOMETRIES, Geometry
 from protectors.reference.train import Limits, Task, Watcher, run
@@ -54,11 +57,14 @@ class StageResult:
 
 
 def train_model(order: TrainingOrder, watcher: Watcher) -> list[StageResult]:
-    """Trains the stages of a model one after another and writes the folder, also after a stop by the clock.
+    """Trains the stages of a model one after another; each writes its part of the folder, also when the clock ends it.
+
+    A stage that is not complete ends the order: the next one would be trained on something that still changes.
 
     Raises:
-        ValueError: unknown model, stage or plan field; no usable photos; a checkpoint of another seed.
-        FileNotFoundError: the denoiser is asked for and `OUT/vae` is not there.
+        ValueError: unknown model, stage, size, device or plan field; no usable photos; checkpoints of another training.
+        FileNotFoundError: a later stage of nano-sd is asked for and `OUT/vae` is not there.
+        OSError: a file cannot be read or written.
     """
     if order.model not in STAGES:
         raise ValueError(f"no model {order.model!r} to train; there are: {', '.join(STAGES)}")
@@ -66,111 +72,191 @@ def train_model(order: TrainingOrder, watcher: Watcher) -> list[StageResult]:
     unknown = (set(order.stages) | set(order.plans)) - set(known)
     if unknown:
         raise ValueError(f"{order.model} has no stage {', '.join(sorted(unknown))}; it has: {', '.join(known)}")
-    geometry = GEOMETRIES[order.size]
+    _check(order)
+    chosen = [stage for stage in known if not order.stages or stage in order.stages]
+    plans = {stage: _plan(order, stage) for stage in chosen}
+    for folder in (order.out, order.work):
+        folder.mkdir(parents=True, exist_ok=True)
     photos = (
         load_photos(order.data, held_out=False, limit=order.limit),
         load_photos(order.data, held_out=True, limit=128),
     )
-    results = []
-    for number, (stage, train_stage) in enumerate(known.items()):
-        if order.stages and stage not in order.stages:
-            continue
-        torch.manual_seed(order.seed + number)
-        results.append(train_stage(order, geometry, photos, watcher))
+    results: list[StageResult] = []
+    for stage in chosen:
+        if results and not results[-1].complete:
+            break
+        torch.manual_seed(order.seed + list(known).index(stage))
+        results.append(known[stage](_Workshop(order, GEOMETRIES[order.size], photos, plans[stage], watcher)))
     return results
 
 
-def _train_vae(order: TrainingOrder, geometry: Geometry, photos: Split, watcher: Watcher) -> StageResult:
-    from protectors.reference.vae import VaePlan, VaeTask
+def _check(order: TrainingOrder) -> None:
+    if order.size not in GEOMETRIES:
+        raise ValueError(f"no size {order.size!r}; there are: {', '.join(GEOMETRIES)}")
+    if order.device not in ("cpu", "cuda"):
+        raise ValueError(f"no device {order.device!r}; use cpu or cuda")
+    if order.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("this machine, or this build of torch, has no CUDA device; use --device cpu")
+    for name in ("report_every", "limit"):
+        value = getattr(order, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, not {value}")
 
-    task = VaeTask(geometry, VaePlan(**_plan(order, "vae")), *photos, order.device)
-    result = _run(order, task, watcher)
-    task.finished().half().save_pretrained(order.out / "vae", safe_serialization=True)
+
+def _plan(order: TrainingOrder, stage: str) -> Any:
+    """The plan of a stage, with the order's changes.
+
+    Raises:
+        ValueError: a field is unknown or of the wrong type.
+    """
+    plan = _plan_class(stage)(bf16=order.bf16)
+    defaults = asdict(plan)
+    changes = {}
+    for name, value in order.plans.get(stage, {}).items():
+        if name not in defaults:
+            raise ValueError(f"the plan of {stage} has no field {name!r}; it has: {', '.join(defaults)}")
+        kind = type(defaults[name])
+        try:
+            changes[name] = kind(value)
+        except (TypeError, ValueError):
+            raise ValueError(f"{stage}.{name} must be of type {kind.__name__}, not {value!r}") from None
+        if kind is int and changes[name] != float(value):
+            raise ValueError(f"{stage}.{name} must be a whole number, not {value!r}")
+    return replace(plan, **changes)
+
+
+def _plan_class(stage: str) -> Any:
+    # Imported when asked for: diffusers and transformers take seconds.
+    from protectors.reference.decoder import DecoderPlan
+    from protectors.reference.denoiser import SdPlan
+    from protectors.reference.embedder import EmbedPlan
+    from protectors.reference.pixels import TilePlan
+    from protectors.reference.vae import VaePlan
+
+    return {"vae": VaePlan, "decoder": DecoderPlan, "sd": SdPlan, "ddpm": TilePlan, "embed": EmbedPlan}[stage]
+
+
+@dataclass(frozen=True, slots=True)
+class _Workshop:
+    """All that a stage needs."""
+
+    order: TrainingOrder
+    geometry: Geometry
+    photos: Split
+    plan: Any
+    watcher: Watcher
+
+    @property
+    def vae(self) -> Path:
+        """The folder of nano-sd's autoencoder, which an earlier stage has written."""
+        folder = self.order.out / "vae"
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder} is not there: train the stage vae first")
+        return folder
+
+    def run(self, task: Task, **depends_on: str) -> StageResult:
+        """Trains the task and notes what it cost."""
+        order = self.order
+        plan = {name: value for name, value in asdict(self.plan).items() if name != "steps"}
+        binding = {"size": order.size, "data": self.photos[0].digest(), **plan, **depends_on}
+        limits = Limits(minutes=order.minutes, stop_at=order.stop_at, report_every=order.report_every)
+        since = time.monotonic()
+        cursor = run(task, order.work, order.seed, limits, binding=_plain(binding), watcher=self.watcher)
+        seconds = time.monotonic() - since
+        self._note(task, cursor.step, cursor.position, seconds)
+        return StageResult(stage=task.name, step=cursor.step, steps=task.steps, seconds=seconds)
+
+    def _note(self, task: Task, step: int, samples: int, seconds: float) -> None:
+        """Adds one line on this run to `WORK/runs.jsonl`: what a model card needs to know about the cost."""
+        facts = {
+            "stage": task.name,
+            "data": self.order.data.name,
+            "seed": self.order.seed,
+            "step": step,
+            "steps": task.steps,
+            "samples": samples,
+            "wall_s": round(seconds, 1),
+            "threads": torch.get_num_threads(),
+            "device": torch.cuda.get_device_name() if self.order.device == "cuda" else platform.machine(),
+            "torch": torch.__version__,
+        }
+        with (self.order.work / "runs.jsonl").open("a") as out:
+            out.write(json.dumps(facts) + "\n")
+
+
+def _plain(binding: Mapping[str, Any]) -> Binding:
+    """As it comes back from JSON, so that a stored binding equals a fresh one."""
+    plain: Binding = json.loads(json.dumps(binding))
+    return plain
+
+
+def _train_vae(shop: _Workshop) -> StageResult:
+    from protectors.reference.vae import VaeTask
+
+    task = VaeTask(shop.geometry, shop.plan, *shop.photos, shop.order.device)
+    result = shop.run(task)
+    task.finished().half().save_pretrained(shop.order.out / "vae", safe_serialization=True)
     return result
 
 
-def _train_sd(order: TrainingOrder, geometry: Geometry, photos: Split, watcher: Watcher) -> StageResult:
-    from protectors.reference.denoiser import SdPlan, SdTask
+def _train_decoder(shop: _Workshop) -> StageResult:
+    from protectors.reference.decoder import DecoderTask
+
+    task = DecoderTask(shop.geometry, shop.plan, shop.photos, device=shop.order.device, vae_folder=shop.vae)
+    result = shop.run(task, encoder=encoder_digest(shop.vae))
+    task.save(shop.vae)
+    return result
+
+
+def _train_sd(shop: _Workshop) -> StageResult:
+    from protectors.reference.denoiser import SdTask
     from protectors.reference.export import save_pipeline
 
-    folder = _finished_vae(order)
-    plan = SdPlan(**_plan(order, "sd"))
-    task = SdTask(geometry, plan, photos, device=order.device, vae_folder=folder, work=order.work, note=watcher.note)
-    result = _run(order, task, watcher)
+    order, encoder = shop.order, encoder_digest(shop.vae)
+    cache = order.work / f"latents-{encoder}-{shop.photos[0].digest()}-{shop.plan.crops}.safetensors"
+    task = SdTask(
+        shop.geometry,
+        shop.plan,
+        shop.photos,
+        device=order.device,
+        vae_folder=shop.vae,
+        cache=cache,
+        note=shop.watcher.note,
+    )
+    result = shop.run(task, encoder=encoder)
     save_pipeline(order.out, task)
     return result
 
 
-def _train_decoder(order: TrainingOrder, geometry: Geometry, photos: Split, watcher: Watcher) -> StageResult:
-    from protectors.reference.decoder import DecoderPlan, DecoderTask
+def _train_ddpm(shop: _Workshop) -> StageResult:
+    from protectors.reference.pixels import TileTask
 
-    folder = _finished_vae(order)
-    plan = DecoderPlan(**_plan(order, "decoder"))
-    task = DecoderTask(geometry, plan, photos, device=order.device, vae_folder=folder)
-    result = _run(order, task, watcher)
-    task.save(folder)
+    task = TileTask(shop.geometry, shop.plan, shop.photos, shop.order.device)
+    result = shop.run(task)
+    task.save(shop.order.out)
     return result
 
 
-def _finished_vae(order: TrainingOrder) -> Path:
-    folder = order.out / "vae"
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is not there: train the stage vae first")
-    return folder
+def _train_embed(shop: _Workshop) -> StageResult:
+    from protectors.reference.embedder import EmbedTask
 
-
-def _train_ddpm(order: TrainingOrder, geometry: Geometry, photos: Split, watcher: Watcher) -> StageResult:
-    from protectors.reference.pixels import TilePlan, TileTask
-
-    task = TileTask(geometry, TilePlan(**_plan(order, "ddpm")), photos, order.device)
-    result = _run(order, task, watcher)
-    task.save(order.out)
+    task = EmbedTask(shop.geometry, shop.plan, shop.photos, shop.order.device)
+    result = shop.run(task)
+    task.save(shop.order.out)
     return result
 
 
-def _train_embed(order: TrainingOrder, geometry: Geometry, photos: Split, watcher: Watcher) -> StageResult:
-    from protectors.reference.embedder import EmbedPlan, EmbedTask
+def encoder_digest(vae_folder: Path) -> str:
+    """Names the encoder that latents belong to; the decoder may change without changing it."""
+    total = hashlib.sha256()
+    for name, tensor in sorted(load_file(vae_folder / "diffusion_pytorch_model.safetensors").items()):
+        if name.startswith(("encoder.", "quant_conv.")):
+            total.update(name.encode() + tensor.numpy().tobytes())
+    return total.hexdigest()[:12]
 
-    task = EmbedTask(geometry, EmbedPlan(**_plan(order, "embed")), photos, order.device)
-    result = _run(order, task, watcher)
-    task.save(order.out)
-    return result
 
-
-Stage = Callable[[TrainingOrder, Geometry, Split, Watcher], StageResult]
-STAGES: dict[str, dict[str, Stage]] = {
+STAGES: dict[str, dict[str, Callable[[_Workshop], StageResult]]] = {
     "nano-sd": {"vae": _train_vae, "decoder": _train_decoder, "sd": _train_sd},
     "nano-ddpm": {"ddpm": _train_ddpm},
     "nano-embed": {"embed": _train_embed},
 }
-
-
-def _plan(order: TrainingOrder, stage: str) -> dict[str, Any]:
-    return {"bf16": order.bf16, **order.plans.get(stage, {})}
-
-
-def _run(order: TrainingOrder, task: Task, watcher: Watcher) -> StageResult:
-    limits = Limits(minutes=order.minutes, stop_at=order.stop_at, report_every=order.report_every)
-    since = time.monotonic()
-    cursor = run(task, order.work, order.seed, limits, watcher)
-    seconds = time.monotonic() - since
-    _note(order, task, cursor.step, cursor.position, seconds)
-    return StageResult(stage=task.name, step=cursor.step, steps=task.steps, seconds=seconds)
-
-
-def _note(order: TrainingOrder, task: Task, step: int, samples: int, seconds: float) -> None:
-    """Adds one line on this run to `WORK/runs.jsonl`: what a model card needs to know about the cost."""
-    facts = {
-        "stage": task.name,
-        "data": order.data.name,
-        "seed": order.seed,
-        "step": step,
-        "steps": task.steps,
-        "samples": samples,
-        "wall_s": round(seconds, 1),
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if order.device == "cuda" else platform.machine(),
-        "torch": torch.__version__,
-    }
-    with (order.work / "runs.jsonl").open("a") as out:
-        out.write(json.dumps(facts) + "\n")

@@ -2,12 +2,12 @@
 
 import csv
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from protectors.reference.checkpoint import Cursor, load_checkpoint, save_checkpoint
+from protectors.reference.checkpoint import Binding, Cursor, load_checkpoint, save_checkpoint
 from protectors.reference.learner import Learner
 
 _SAVE_EVERY_S = 120.0
@@ -50,14 +50,17 @@ class Limits:
     report_every: int = 250
 
 
-def run(task: Task, work: Path, seed: int, limits: Limits, watcher: Watcher) -> Cursor:
+def run(task: Task, work: Path, seed: int, limits: Limits, *, binding: Binding, watcher: Watcher) -> Cursor:
     """Trains until the plan is done, the time is used or `stop_at` is reached; leaves a checkpoint to go on from.
 
     The same seed and plan give the same weights however often the run is interrupted, on one machine and with
     one number of threads. The curve is `WORK/NAME.csv`.
+
+    Raises:
+        ValueError: `WORK/NAME` holds a training with another seed or binding.
     """
     deadline = time.monotonic() + 60 * limits.minutes
-    saved = load_checkpoint(work / task.name, seed)
+    saved = load_checkpoint(work / task.name, seed, binding)
     cursor = Cursor(seed=seed)
     if saved is not None:
         cursor, tensors = saved
@@ -71,12 +74,14 @@ def run(task: Task, work: Path, seed: int, limits: Limits, watcher: Watcher) -> 
         cursor.position += samples
         curve.add(loss, samples)
         watcher.step(task, cursor, loss)
-        if cursor.step % limits.report_every == 0 or cursor.step == end:
-            watcher.row(task, curve.write(cursor.step, task.held_out()))
+        late = time.monotonic() >= deadline
+        if cursor.step % limits.report_every == 0 or cursor.step == end or late:
+            watcher.row(task, curve.write(cursor.step, task.held_out))
         if time.monotonic() - last_save > _SAVE_EVERY_S:
-            save_checkpoint(work / task.name, cursor, task.learner.state())
+            save_checkpoint(work / task.name, cursor, task.learner.state(), binding)
             last_save = time.monotonic()
-    save_checkpoint(work / task.name, cursor, task.learner.state())
+    if cursor.step:  # before the first update there is no state of the optimizer
+        save_checkpoint(work / task.name, cursor, task.learner.state(), binding)
     return cursor
 
 
@@ -107,10 +112,10 @@ class Curve:
         self._losses.append(loss)
         self._samples += samples
 
-    def write(self, step: int, held_out: Mapping[str, float]) -> Mapping[str, float]:
+    def write(self, step: int, held_out: Callable[[], Mapping[str, float]]) -> Mapping[str, float]:
         """Appends and returns one line: the mean loss since the last line, the speed, the held-out figures."""
-        rate = self._samples / (time.monotonic() - self._since)
-        row = {"step": step, "loss": sum(self._losses) / len(self._losses), "samples_per_s": rate, **held_out}
+        rate = self._samples / (time.monotonic() - self._since)  # before the held-out figures take their time
+        row = {"step": step, "loss": sum(self._losses) / len(self._losses), "samples_per_s": rate, **held_out()}
         fresh = not self._file.exists()
         with self._file.open("a", newline="") as out:
             writer = csv.DictWriter(out, fieldnames=list(row))

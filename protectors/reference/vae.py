@@ -1,6 +1,7 @@
 """Trains the autoencoder: pixels to latents at an eighth of the side, and back."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -193,6 +194,11 @@ class Whitening:
         into.weight.copy_(torch.einsum("ijhw,jk->ikhw", into.weight.double(), back))
         post.bias.copy_(torch.linalg.solve(back, offset))
         post.weight.copy_(torch.eye(channels)[:, :, None, None])
+
+
+def load_vae(folder: Path) -> Any:
+    """Loads an autoencoder in float32 from a local folder, safetensors only."""
+    return AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32, use_safetensors=True, local_files_only=True)
 
 
 def reconstruct(vae: Any, images: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 
 from tests.e2e.command import fixative
@@ -19,7 +20,7 @@ from tests.e2e.command import fixative
 def plain(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tables keep their words whole; one thread, because the models are tiny."""
     monkeypatch.setenv("COLUMNS", "250")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
 
 
 @pytest.fixture
@@ -44,7 +45,7 @@ def test_training_stops_and_goes_on_and_leaves_a_curve(photos: Path) -> None:
     first = train(photos, "--set", "embed.steps=4", "--stop-at", 2)
     assert first.code == 1, first
     assert "embed: 2 of 4 updates" in first.out
-    assert "Run the same command to go on" in first.out
+    assert "run the same command to go on" in first.out
     second = train(photos, "--set", "embed.steps=4")
     assert second.code == 0, second
     assert "embed: 4 of 4 updates" in second.out
@@ -61,7 +62,10 @@ def test_training_stops_and_goes_on_and_leaves_a_curve(photos: Path) -> None:
     ("options", "words"),
     [
         (["--set", "steps=4"], "write stage.field=value"),
-        (["--set", "embed.stepz=4"], "stepz"),
+        (["--set", "embed.stepz=4"], "no field 'stepz'"),
+        (["--set", "embed.rate=fast"], "embed.rate must be of type float"),
+        (["--device", "gpu"], "no device 'gpu'"),
+        (["--size", "huge"], "no size 'huge'"),
         (["--stage", "vae"], "nano-embed has no stage vae; it has: embed"),
     ],
 )
@@ -76,7 +80,14 @@ def test_evaluation_says_what_it_needs(tmp_path: Path) -> None:
     result = fixative("models", "evaluate", "--out", tmp_path / "e")
     assert result.code == 2
     assert "--data and --subjects" in result.error
-    result = fixative("models", "evaluate", "nano-xl", "--quick", "--out", tmp_path / "e")
+    result = fixative("models", "evaluate", "nano-sd", "--quick", "--out", tmp_path / "e")
+    assert result.code == 2
+    assert "leave out MODELS" in result.error
+    nothing = ("--data", tmp_path / "none.parquet", "--subjects", tmp_path / "none.parquet")
+    result = fixative("models", "evaluate", "nano-embed", *nothing, "--out", tmp_path / "e")
+    assert result.code == 2
+    assert "none.parquet" in result.error
+    result = fixative("models", "evaluate", "nano-xl", "--out", tmp_path / "e")
     assert result.code == 2
     assert "no model nano-xl; there are: nano-ddpm, nano-embed, nano-sd" in result.error
     result = fixative("models", "evaluate", "--quick", "--folder", "nano-xl=here", "--out", tmp_path / "e")

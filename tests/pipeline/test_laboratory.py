@@ -20,7 +20,7 @@ import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from PIL import Image
-from transformers import ResNetConfig, ResNetModel, ViTImageProcessor
+from transformers import ResNetConfig, ResNetModel, ViTConfig, ViTImageProcessor, ViTModel
 
 from pipeline.laboratory import autoencoder, denoiser, neighbours, personalization, purification
 from pipeline.laboratory.autoencoder import EncoderAttack
@@ -94,6 +94,20 @@ def test_ratio_of_paired_sums() -> None:
     assert (low, high) == (-np.inf, np.inf)  # a denominator that may vanish decides nothing
 
 
+def test_images_of_one_subject_are_drawn_together() -> None:
+    values, groups = [0.0] * 10 + [1.0] * 10, ["a"] * 10 + ["b"] * 10
+    assert bootstrap_interval(values, groups) == (0.0, 1.0)
+    low, high = bootstrap_interval(values)
+    assert 0.2 < low < high < 0.8
+
+
+def test_numbers_that_are_not_finite_stay_out_of_the_json() -> None:
+    figure = Figure(model="m", name="n", value=np.nan, low=-np.inf, high=1.0, sample="s", at_least=0.0)
+    assert figure.reached is False
+    stored = json.dumps(figure.to_dict(), allow_nan=False)
+    assert json.loads(stored)["interval_95"] == [None, 1.0]
+
+
 def scores(name: str, before: float, real: float, **after: float) -> Scores:
     return Scores(subject=name, before=before, real=real, after=after)
 
@@ -115,6 +129,30 @@ def test_planted_effects_are_found() -> None:
     assert noise.reached
     assert protected.low is not None
     assert protected.low > 0
+    few = personalization.phenomenon_figures(found[:9])
+    assert [figure.reached for figure in few] == [False, False]  # a claim needs ten subjects
+
+
+@pytest.mark.parametrize(("before", "real"), [(0.6, 0.8), (0.6, 0.5)])
+def test_a_laboratory_where_personalization_fails_reaches_nothing(before: float, real: float) -> None:
+    found = [scores(str(i), before, real, clean=before - 0.1, noise=before - 0.1, protected=0.1) for i in range(15)]
+    figures = [*personalization.personalization_figures(found), *personalization.phenomenon_figures(found)]
+    assert [figure.reached for figure in figures if figure.reached is not None] == [False] * 4
+
+
+def test_an_effect_whose_interval_touches_zero_does_not_count() -> None:
+    falls = [2.0, -0.6] * 6  # a mean of 0.7, by chance
+    found = [scores(str(i), 0.2, 0.8, clean=0.5, noise=0.5, protected=0.5 - 0.3 * fall) for i, fall in enumerate(falls)]
+    protected, _ = personalization.phenomenon_figures(found)
+    assert protected.value == pytest.approx(0.7)
+    assert protected.reached is (protected.low is not None and protected.low > 0)
+    wider = [
+        replace(score, after={**score.after, "protected": 0.5 - 0.3 * f})
+        for score, f in zip(found, [9.0, *[-0.4] * 11], strict=True)
+    ]
+    protected, _ = personalization.phenomenon_figures(wider)
+    assert protected.value > 0.3
+    assert protected.reached is False
 
 
 # --- Embedding
@@ -133,6 +171,17 @@ def test_embedder_gives_unit_vectors_that_do_not_depend_on_the_batch(embedder: P
     assert mean_similarity_among(vectors) == pytest.approx(np.mean(pairs), abs=1e-5)
     with pytest.raises(ValueError, match="at least two"):
         mean_similarity_among(vectors[:1])
+
+
+def test_a_vit_without_pooler_answers_with_its_first_token(tmp_path: Path) -> None:
+    """As DINO is published: a pooler of random weights must not be taken."""
+    config = ViTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=32, patch_size=8
+    )
+    ViTModel(config, add_pooling_layer=False).save_pretrained(tmp_path)
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    images = torch.rand(2, 3, 32, 32)
+    assert torch.equal(Embedder(tmp_path).embed(images), Embedder(tmp_path).embed(images))
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
@@ -229,9 +278,31 @@ def test_scores_are_stored_and_taken_by_the_same_experiment_only(
     again = personalization.run(experiment, people, store, workers=1, done=lambda scores: pytest.fail("done twice"))
     assert again == found
     other = replace(experiment, seed=1, conditions=(CLEAN,))
-    assert other.fingerprint() != experiment.fingerprint()
+    changed = replace(people[0], train=people[0].train.flip(-1))
+    assert len({other.fingerprint(people[0]), *(experiment.fingerprint(one) for one in (*people, changed))}) == 4
     assert personalization.run(other, people[:1], store, workers=1)[0].after[CLEAN] != found[0].after[CLEAN]
     assert len([json.loads(line) for line in store.read_text().splitlines()]) == 3
+
+
+def test_photos_to_compare_with_are_never_trained_on(
+    model: Path, embedder: Path, subjects: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[torch.Tensor] = []
+    customize = DreamBooth.customize
+
+    def spy(self: DreamBooth, images: torch.Tensor, class_word: str, *, seed: int) -> object:
+        seen.append(images)
+        return customize(self, images, class_word, seed=seed)
+
+    monkeypatch.setattr(DreamBooth, "customize", spy)
+    config = replace(SMALL, steps=1, prior_images=1, sample_steps=1)
+    (hat, _) = load_subjects(subjects, 32)
+    experiment = Experiment(model=model, embedder=embedder, dreambooth=config, generated=1, protector_steps=1)
+    personalization.measure(experiment, hat)
+    assert len(seen) == 3
+    for images in seen:
+        distances = (images[:, None] - hat.others[None]).abs().mean(dim=(2, 3, 4))
+        assert distances.min() > 16 / 255  # further than any treatment goes
 
 
 # --- Autoencoder, denoiser, pixel model

@@ -116,16 +116,17 @@ def test_mist_without_denoising_weight_goes_straight_for_the_pattern(model: Diff
     assert -result.facts[0].objective_after == pytest.approx(float(distance), rel=0.2)
 
 
-def test_mist_raises_the_denoising_loss_as_well(model: DiffusionModel) -> None:
-    """With a large weight its perturbation differs from the pattern's alone and its objective counts the loss."""
-    images = torch.rand(1, 3, 32, 32)
-    fused = Mist(MistConfig(steps=3, denoising_weight=5.0), model)
-    semantic = Mist(MistConfig(steps=3, denoising_weight=0.0), model)
-    outputs = [method.protect(images, seeds=[1]).images for method in (fused, semantic)]
-    assert not torch.equal(*outputs)
-    assert fused.objective(images, originals=images, seeds=[1]) > semantic.objective(
-        images, originals=images, seeds=[1]
-    )
+def test_mist_raises_the_denoising_loss_as_well(tmp_path: Path) -> None:
+    """With a large weight the loss at fixed draws ends higher than when only the pattern is aimed at."""
+    # With random weights an epsilon model's loss hardly depends on the image; v has the image in its target.
+    model = load_model(str(save_tiny_model(tmp_path / "v", prediction_type="v_prediction")))
+    images = (torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 255).round() / 255
+    judge = AdvDM(AdvDMConfig(eval_draws=16), model)
+    losses = []
+    for weight in (50.0, 0.0):
+        output = Mist(MistConfig(steps=20, denoising_weight=weight), model).protect(images, seeds=[1, 2]).images
+        losses.append(judge.objective(output, originals=images, seeds=[1, 2]).mean())
+    assert losses[0] > losses[1]
 
 
 def test_mist_pattern() -> None:

@@ -191,11 +191,69 @@ def test_unknown_models_stages_and_missing_autoencoders_are_refused(photos: Path
         train_model(replace(order, stages=("sd",)), Silent())
 
 
+def test_a_stage_that_is_not_complete_ends_the_order(photos: Path, tmp_path: Path) -> None:
+    """The decoder and the denoiser must not be trained on an autoencoder that still changes."""
+    order = TrainingOrder(
+        model="nano-sd", data=photos, out=tmp_path / "out", work=tmp_path / "work", minutes=5, size="tiny",
+        plans={stage: PLANS[stage] for stage in ("vae", "decoder", "sd")},
+    )  # fmt: skip
+    assert [result.stage for result in train_model(replace(order, stop_at=2), Silent())] == ["vae"]
+    results = train_model(order, Silent())
+    assert [(result.stage, result.complete) for result in results] == [("vae", True), ("decoder", True), ("sd", True)]
+    # Another encoder under the same checkpoints of later stages is refused, not trained on with the old ones.
+    other = replace(order, seed=1, work=tmp_path / "other", stages=("vae",))
+    assert train_model(other, Silent())[0].complete
+    for stage in ("decoder", "sd"):
+        with pytest.raises(ValueError, match="training with encoder"):
+            train_model(replace(order, stages=(stage,)), Silent())
+
+
+def test_no_update_leaves_no_checkpoint(photos: Path, tmp_path: Path) -> None:
+    assert train(photos, tmp_path, "embed", stop_at=0).step == 0
+    assert train(photos, tmp_path, "embed").complete
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"device": "gpu"}, "no device 'gpu'; use cpu or cuda"),
+        ({"size": "huge"}, "no size 'huge'; there are: nano, tiny"),
+        ({"report_every": 0}, "report_every must be at least 1"),
+        ({"limit": 0}, "limit must be at least 1"),
+        ({"plans": {"embed": {"stepz": 3}}}, "no field 'stepz'; it has: steps"),
+        ({"plans": {"embed": {"steps": "many"}}}, "embed.steps must be of type int"),
+        ({"plans": {"embed": {"steps": 2.5}}}, "embed.steps must be a whole number"),
+    ],
+)
+def test_orders_that_cannot_work_are_refused_before_anything_is_written(
+    change: dict[str, object], words: str, photos: Path, tmp_path: Path
+) -> None:
+    order = TrainingOrder(model="nano-embed", data=photos, out=tmp_path / "o", work=tmp_path / "w", minutes=1)
+    with pytest.raises(ValueError, match=words):
+        train_model(replace(order, **change), Silent())  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_photos_that_cannot_be_used_are_named(tmp_path: Path) -> None:
+    file = tmp_path / "photos.parquet"
+    pq.write_table(pa.table({"asset_id": ["a"], "image": [{"bytes": b"x", "path": ""}]}), file)
+    with pytest.raises(ValueError, match="no column caption; it needs asset_id, image, caption"):
+        load_photos(file, held_out=None)
+    pq.write_table(pa.table({"asset_id": [7], "image": [{"bytes": b"x", "path": ""}], "caption": ["c"]}), file)
+    with pytest.raises(ValueError, match="photo 7 cannot be decoded"):
+        load_photos(file, held_out=None)
+    file.write_text("no Parquet")
+    with pytest.raises(ValueError, match="is no Parquet file"):
+        load_photos(file, held_out=None)
+
+
 def test_curves_are_drawn(undisturbed: Path, tmp_path: Path) -> None:
     for stage in PLANS:
-        with Image.open(draw_curve(undisturbed / "work" / f"{stage}.csv", tmp_path / "curve.png")) as picture:
+        assert draw_curve(undisturbed / "work" / f"{stage}.csv", tmp_path / "curve.png") is not None
+        with Image.open(tmp_path / "curve.png") as picture:
             assert picture.width > 400
             assert len(picture.convert("RGB").getcolors(100_000) or []) > 10
+    assert draw_curve(tmp_path / "none.csv", tmp_path / "none.png") is None
 
 
 def test_diffusers_opens_the_folder(undisturbed: Path) -> None:
@@ -231,18 +289,20 @@ def test_another_seed_is_refused(photos: Path, undisturbed: Path) -> None:
 
 
 def test_a_broken_write_leaves_the_previous_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save_checkpoint(tmp_path, Cursor(seed=0, step=1, position=8), {"w": torch.ones(2)})
+    save_checkpoint(tmp_path, Cursor(seed=0, step=1, position=8), {"w": torch.ones(2)}, {"data": "a"})
 
     def fail(*arguments: object) -> None:
         raise OSError("disk full")
 
     monkeypatch.setattr("protectors.reference.checkpoint.os.replace", fail)
     with pytest.raises(OSError, match="disk full"):
-        save_checkpoint(tmp_path, Cursor(seed=0, step=2, position=16), {"w": torch.zeros(2)})
-    saved = load_checkpoint(tmp_path, seed=0)
+        save_checkpoint(tmp_path, Cursor(seed=0, step=2, position=16), {"w": torch.zeros(2)}, {"data": "a"})
+    saved = load_checkpoint(tmp_path, seed=0, binding={"data": "a"})
     assert saved is not None
     assert saved[0] == Cursor(seed=0, step=1, position=8)
     assert torch.equal(saved[1]["w"], torch.ones(2))
+    with pytest.raises(ValueError, match="training with data a, not b: remove it"):
+        load_checkpoint(tmp_path, seed=0, binding={"data": "b"})
 
 
 def test_split_and_order(photos: Path) -> None:
