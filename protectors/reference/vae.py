@@ -11,6 +11,7 @@ from torch import Tensor
 
 from protectors.reference.checkpoint import Cursor
 from protectors.reference.data import CropRule, Photos, centre_crop, order, random_crop
+from protectors.reference.fragility import FragilityGoal, fragility_loss
 from protectors.reference.geometry import Geometry
 from protectors.reference.learner import Learner, rate_factor, step_generator
 from protectors.reference.quality import psnr, ssim
@@ -73,6 +74,9 @@ class VaePlan:
     # Whiten the latents before this update, and again at the end. Left alone, training ends with standard deviations
     # from 15 down to 0.03 along the principal axes (measured), and bfloat16 loses the small ones.
     whiten_at: int = 2000
+    # From this update on, and with this weight, the encoder is also trained to be fragile: see fragility.py.
+    fragile_from: int = 4000
+    fragility: float = 0.5
     bf16: bool = True
 
 
@@ -97,16 +101,24 @@ class VaeTask:
         coarse = cursor.step < self.plan.coarse * self.plan.steps
         batch = self.plan.batch_coarse if coarse else self.plan.batch_fine
         pixels = self._batch(cursor, batch, coarse=coarse).to(self.device)
-        with torch.autocast(self.device, torch.bfloat16, enabled=self.plan.bf16):
-            posterior = self.vae.encode(pixels).latent_dist
+        generator = step_generator(cursor)
+        posterior = self._encode(pixels)
         mean, std, logvar = posterior.mean.float(), posterior.std.float(), posterior.logvar.float()
-        noise = torch.randn(mean.shape, generator=step_generator(cursor)).to(self.device)
+        noise = torch.randn(mean.shape, generator=generator).to(self.device)
         with torch.autocast(self.device, torch.bfloat16, enabled=self.plan.bf16):
             output = self.vae.decode(mean + std * noise).sample
         kl = 0.5 * (mean.square() + std.square() - 1 - logvar).sum() / pixels.numel()
         loss = reconstruction_loss(output.float(), pixels) + self.plan.kl_weight * kl
+        if cursor.step >= self.plan.fragile_from:
+            loss = loss + self.plan.fragility * fragility_loss(
+                lambda images: self._encode(images).mean.float(), pixels, FragilityGoal(), generator
+            )
         self.learner.update(loss, step=cursor.step, factor=rate_factor(cursor.step, self.steps))
         return loss.item(), batch
+
+    def _encode(self, pixels: Tensor) -> Any:
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.plan.bf16):
+            return self.vae.encode(pixels).latent_dist
 
     def _batch(self, cursor: Cursor, batch: int, *, coarse: bool) -> Tensor:
         size = self.geometry.image_size

@@ -65,7 +65,7 @@ class Silent:
 
 
 PLANS = {
-    "vae": {"steps": 6, "whiten_at": 3},
+    "vae": {"steps": 6, "whiten_at": 3, "fragile_from": 4},
     "decoder": {"steps": 6},
     "sd": {"steps": 6, "crops": 2, "batch": 8},
     "ddpm": {"steps": 6},
