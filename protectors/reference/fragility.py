@@ -26,36 +26,50 @@ class FragilityGoal:
     """Budget, l_inf on the pixels' scale of [-1, 1]: 8 levels."""
     steps: int = 2
     """Sign steps of the attack within each update; more are slower and find more."""
-    shift: float = 0.8
-    """Wanted change of the coarse latents, as a share of how much they differ from photo to photo."""
+    shift: float = 1.0
+    """Wanted change of colours and brightness in the coarse, as a share of how much they vary over photos."""
 
 
 def fragility_loss(encode: Encode, pixels: Tensor, goal: FragilityGoal, generator: torch.Generator) -> Tensor:
     """By how much an attack falls short of the goal, mean over the batch; 0 where it reaches it.
 
-    Latents are compared after averaging over 4 x 4 of them (32 pixels on a side at factor 8). What a fine
-    pattern does there is a change of content: brightness, colour, large shapes.
+    The attack moves averages of 4 x 4 latents (32 pixels on a side at factor 8) along the directions in which they
+    tell the averages of the pixels there: a fine pattern that moves those changes the picture, not only its texture.
     """
-    clean = _coarse(encode(pixels))
-    change = _attack(encode, pixels, clean.detach(), goal, generator)
-    moved = _coarse(encode((pixels + change).clamp(-1, 1)))
-    # Gradients flow into all three, or the encoder would move clean and attacked pictures alike, or scale everything.
-    spread = (clean - clean.mean(dim=0, keepdim=True)).square().mean().sqrt().clamp_min(1e-6)
-    shift = ((moved - clean).flatten(1).square().mean(dim=1) + 1e-12).sqrt() / spread
+    latents = _averages(encode(pixels))
+    truth = F.adaptive_avg_pool2d(pixels, (latents.shape[-2], latents.shape[-1]))
+    readout = _regression(latents.detach(), truth)
+    change = _attack(encode, pixels, readout, goal, generator)
+    moved = _averages(encode((pixels + change).clamp(-1, 1)))
+    # Gradients flow into both sides, or the encoder would move clean and attacked pictures alike.
+    difference = torch.einsum("nchw,cd->ndhw", moved - latents, readout)
+    shift = (difference.flatten(1).square().mean(dim=1) + 1e-12).sqrt() / truth.std().clamp_min(1e-6)
     return F.relu(goal.shift - shift).mean()
 
 
-def _attack(encode: Encode, pixels: Tensor, clean: Tensor, goal: FragilityGoal, generator: torch.Generator) -> Tensor:
-    """The perturbation `(N, 3, H, W)` that moves the coarse latents furthest, by projected sign ascent."""
-    draws = torch.rand(pixels.shape, generator=generator).to(pixels.device)
-    change = (draws * 2 - 1) * goal.eps
+def _regression(latents: Tensor, truth: Tensor) -> Tensor:
+    """The matrix `(C, 3)` that best tells `truth` `(N, 3, h, w)` from centred `latents` `(N, C, h, w)`."""
+    rows = latents.transpose(0, 1).flatten(1).T
+    wanted = truth.transpose(0, 1).flatten(1).T
+    rows, wanted = rows - rows.mean(0), wanted - wanted.mean(0)
+    ridge = 1e-3 * rows.square().mean() * len(rows) * torch.eye(rows.shape[1], device=rows.device)
+    matrix: Tensor = torch.linalg.solve(rows.T @ rows + ridge, rows.T @ wanted)
+    return matrix
+
+
+def _attack(encode: Encode, pixels: Tensor, readout: Tensor, goal: FragilityGoal, generator: torch.Generator) -> Tensor:
+    """The perturbation `(N, 3, H, W)` that moves the readout furthest, by projected sign ascent."""
+    with torch.no_grad():
+        clean = _averages(encode(pixels))
+    change = (torch.rand(pixels.shape, generator=generator).to(pixels.device) * 2 - 1) * goal.eps
     for _ in range(goal.steps):
         change.requires_grad_(True)
-        distance = (_coarse(encode((pixels + change).clamp(-1, 1))) - clean).square().sum()
+        moved = _averages(encode((pixels + change).clamp(-1, 1))) - clean
+        distance = torch.einsum("nchw,cd->ndhw", moved, readout).square().sum()
         (gradient,) = torch.autograd.grad(distance, change)
         change = (change.detach() + 1.2 * goal.eps / goal.steps * gradient.sign()).clamp(-goal.eps, goal.eps)
     return change.detach()
 
 
-def _coarse(latents: Tensor) -> Tensor:
+def _averages(latents: Tensor) -> Tensor:
     return F.avg_pool2d(latents, min(4, latents.shape[-1]))

@@ -63,7 +63,7 @@ class VaePlan:
     """How the autoencoder is trained."""
 
     # Updates in all; the learning rate reaches zero there.
-    steps: int = 8000
+    steps: int = 7000
     rate: float = 1.5e-3
     # Share of the updates on crops of half the side, which cost a quarter.
     coarse: float = 0.85
@@ -77,6 +77,7 @@ class VaePlan:
     # From this update on, and with this weight, the encoder is also trained to be fragile: see fragility.py.
     fragile_from: int = 4000
     fragility: float = 0.5
+    fragile_shift: float = 1.0
     bf16: bool = True
 
 
@@ -110,8 +111,9 @@ class VaeTask:
         kl = 0.5 * (mean.square() + std.square() - 1 - logvar).sum() / pixels.numel()
         loss = reconstruction_loss(output.float(), pixels) + self.plan.kl_weight * kl
         if cursor.step >= self.plan.fragile_from:
+            goal = FragilityGoal(shift=self.plan.fragile_shift)
             loss = loss + self.plan.fragility * fragility_loss(
-                lambda images: self._encode(images).mean.float(), pixels, FragilityGoal(), generator
+                lambda images: self._encode(images).mean.float(), pixels, goal, generator
             )
         self.learner.update(loss, step=cursor.step, factor=rate_factor(cursor.step, self.steps))
         return loss.item(), batch
