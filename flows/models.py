@@ -139,7 +139,7 @@ def evaluate(
 ) -> None:
     """Measure the reference models: fidelity, fragility, personalization, purification, with intervals and bars.
 
-    Without --quick it takes about an hour on two cores; when interrupted, the same command goes on.
+    Without --quick it takes hours on two cores, most of it personalization; when interrupted, the same command goes on.
 
     Example: fixative models evaluate --data photos_train.parquet --subjects subjects_dev.parquet --out evaluation
     """
