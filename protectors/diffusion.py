@@ -218,7 +218,7 @@ def choose_attention(unet: Any) -> None:
     """Sets the faster attention for where the UNet is: plain for small latents on the CPU, else fused.
 
     There the backward pass of fused attention takes twice the time of the plain one (torch 2.13). Plain attention
-    keeps a matrix of tokens by tokens per head: 1 MB at 32 x 32 latents, 537 MB for all heads at SD's 64 x 64.
+    keeps a matrix of tokens by tokens per head: 4 MB at 32 x 32 latents, 537 MB for all heads at SD's 64 x 64.
     """
     from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 

@@ -88,8 +88,8 @@ def write(found: list[Figure], file: Path) -> None:
 
 def _embed_figures(order: Evaluation, note: Note) -> list[Figure]:
     subjects = personalization.load_subjects(order.subjects, 256)
-    images = torch.cat([torch.cat([subject.train, subject.others]) for subject in subjects])
-    names = [subject.name for subject in subjects for _ in range(len(subject.train) + len(subject.others))]
+    images = torch.cat([subject.photos for subject in subjects])
+    names = [subject.name for subject in subjects for _ in subject.photos]
     sample = f"{len(images)} photos of {len(subjects)} subjects"
     return neighbours.figures(Embedder(order.folders[NANO_EMBED]), images, names, sample)
 
@@ -122,7 +122,7 @@ def _sd_figures(order: Evaluation, note: Note) -> list[Figure]:
     seen = f"{len(images)} held-out photos"
     found = autoencoder.fidelity(pipeline.vae, images, seen, (24.0, 0.75))
     subjects = personalization.load_subjects(order.subjects, 256)
-    large = torch.cat([torch.cat([subject.train, subject.others]) for subject in subjects])
+    large = torch.cat([subject.photos for subject in subjects])
     found += autoencoder.fidelity(pipeline.vae, large, f"{len(large)} photos of subjects", (26.0, None))
     few = images[:: max(1, len(images) // 32)]
     for levels, bar in ((8, 0.5), (16, 0.9)):

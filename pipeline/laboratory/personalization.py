@@ -39,6 +39,11 @@ class Subject:
     train: Tensor  # (n, 3, S, S) in [0, 1]
     others: Tensor  # (m, 3, S, S); photos of the subject that no customization sees
 
+    @property
+    def photos(self) -> Tensor:
+        """All of them, `(n + m, 3, S, S)`."""
+        return torch.cat([self.train, self.others])
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Experiment:
@@ -176,7 +181,7 @@ def measure(experiment: Experiment, subject: Subject) -> Scores:
     return Scores(
         subject=subject.name,
         before=similarity(attack.sample(attack.pipeline, prompt, experiment.generated, seed=seed)),
-        real=mean_similarity_among(embedder.embed(torch.cat([subject.train, subject.others]))),
+        real=mean_similarity_among(embedder.embed(subject.photos)),
         after=after,
     )
 

@@ -37,9 +37,14 @@ class Photos:
 
     def spread(self, count: int) -> "Photos":
         """At most `count` of them, evenly spread, because files are often sorted by class."""
-        count = min(count, len(self))
-        rows = [i * len(self) // count for i in range(count)]
+        rows = _spread(len(self), count)
         return Photos([self.images[row] for row in rows], [self.captions[row] for row in rows])
+
+
+def _spread(length: int, count: int) -> list[int]:
+    """At most `count` places of a list of `length`, evenly spread."""
+    count = min(count, length)
+    return [i * length // count for i in range(count)]
 
 
 def is_held_out(asset_id: str) -> bool:
@@ -64,8 +69,8 @@ def load_photos(parquet: Path, *, held_out: bool | None, limit: int | None = Non
     rows = [row for row, asset_id in enumerate(ids) if held_out in (None, is_held_out(asset_id))]
     if not rows:
         raise ValueError(f"{parquet} has no photos on this side of the split (held_out={held_out})")
-    if limit is not None and limit < len(rows):
-        rows = [rows[i * len(rows) // limit] for i in range(limit)]
+    if limit is not None:
+        rows = [rows[place] for place in _spread(len(rows), limit)]
     chosen = table.take(rows)
     names = chosen.column("asset_id").to_pylist()
     images = [

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import UNet2DConditionModel
-from diffusers.models.attention_processor import AttnProcessor
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from protectors.diffusion import choose_attention
 from protectors.reference.checkpoint import Cursor
 from protectors.reference.data import CropRule, Photos, order, random_crop
 from protectors.reference.geometry import TRAIN_STEPS, Geometry
@@ -99,9 +99,7 @@ class SdTask:
         self.tokenizer = build_tokenizer(train.captions, vocabulary=geometry.vocabulary, length=geometry.text_length)
         self.vae: Any = load_vae(vae_folder).to(device).eval()
         self.unet = build_unet(geometry).to(device)
-        if device == "cpu":
-            # torch 2.13: the backward pass of fused attention takes 42 % of a step there; unfused, 60 images/s not 37.
-            self.unet.set_attn_processor(AttnProcessor())
+        choose_attention(self.unet)
         self.text_encoder = build_text_encoder(geometry, self.tokenizer).to(device)
         self.learner = Learner({"unet": self.unet, "text_encoder": self.text_encoder}, rate=plan.rate)
         self._noise = NoisePredictor(self.unet, self.text_encoder, self.tokenizer, device=device, bf16=plan.bf16)

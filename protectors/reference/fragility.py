@@ -26,7 +26,7 @@ class FragilityGoal:
     """Budget, l_inf on the pixels' scale of [-1, 1]: 8 levels."""
     steps: int = 2
     """Sign steps of the attack within each update; more are slower and find more."""
-    shift: float = 1.0
+    shift: float
     """Wanted change of colours and brightness in the coarse, as a share of how much they vary over photos."""
 
 
@@ -39,7 +39,7 @@ def fragility_loss(encode: Encode, pixels: Tensor, goal: FragilityGoal, generato
     latents = _averages(encode(pixels))
     truth = F.adaptive_avg_pool2d(pixels, (latents.shape[-2], latents.shape[-1]))
     readout = _regression(latents.detach(), truth)
-    change = _attack(encode, pixels, readout, goal, generator)
+    change = _attack(lambda images: _averages(encode(images)) - latents.detach(), pixels, readout, goal, generator)
     moved = _averages(encode((pixels + change).clamp(-1, 1)))
     # Gradients flow into both sides, or the encoder would move clean and attacked pictures alike.
     difference = torch.einsum("nchw,cd->ndhw", moved - latents, readout)
@@ -57,14 +57,12 @@ def _regression(latents: Tensor, truth: Tensor) -> Tensor:
     return matrix
 
 
-def _attack(encode: Encode, pixels: Tensor, readout: Tensor, goal: FragilityGoal, generator: torch.Generator) -> Tensor:
-    """The perturbation `(N, 3, H, W)` that moves the readout furthest, by projected sign ascent."""
-    with torch.no_grad():
-        clean = _averages(encode(pixels))
+def _attack(move: Encode, pixels: Tensor, readout: Tensor, goal: FragilityGoal, generator: torch.Generator) -> Tensor:
+    """The perturbation `(N, 3, H, W)` whose `move`, read out, is longest, by projected sign ascent."""
     change = (torch.rand(pixels.shape, generator=generator).to(pixels.device) * 2 - 1) * goal.eps
     for _ in range(goal.steps):
         change.requires_grad_(True)
-        moved = _averages(encode((pixels + change).clamp(-1, 1))) - clean
+        moved = move((pixels + change).clamp(-1, 1))
         distance = torch.einsum("nchw,cd->ndhw", moved, readout).square().sum()
         (gradient,) = torch.autograd.grad(distance, change)
         change = (change.detach() + 1.2 * goal.eps / goal.steps * gradient.sign()).clamp(-goal.eps, goal.eps)

@@ -99,7 +99,7 @@ class Learner:
 def rate_factor(step: int, steps: int, *, warm_up: int = 100, decay: float = 0.3) -> float:
     """Learning-rate schedule: linear warm-up, constant, linear to zero over the last `decay` share of `steps`.
 
-    The constant middle lets a run be lengthened or shortened (`--steps`) without starting again.
+    The constant middle lets a run be lengthened or shortened (`steps` of its plan) without starting again.
     """
     rising = min(1.0, (step + 1) / warm_up)
     falling = min(1.0, max(0.0, (steps - step) / max(1.0, decay * steps)))

@@ -81,12 +81,13 @@ def train_model(order: TrainingOrder, watcher: Watcher) -> list[StageResult]:
         load_photos(order.data, held_out=False, limit=order.limit),
         load_photos(order.data, held_out=True, limit=128),
     )
+    data = photos[0].digest()
     results: list[StageResult] = []
     for stage in chosen:
         if results and not results[-1].complete:
             break
         torch.manual_seed(order.seed + list(known).index(stage))
-        results.append(known[stage](_Workshop(order, GEOMETRIES[order.size], photos, plans[stage], watcher)))
+        results.append(known[stage](_Workshop(order, photos, data, plans[stage], watcher)))
     return results
 
 
@@ -141,10 +142,15 @@ class _Workshop:
     """All that a stage needs."""
 
     order: TrainingOrder
-    geometry: Geometry
     photos: Split
+    data: str  # names the photos for training
     plan: Any
     watcher: Watcher
+
+    @property
+    def geometry(self) -> Geometry:
+        """The sizes of the model."""
+        return GEOMETRIES[self.order.size]
 
     @property
     def vae(self) -> Path:
@@ -158,7 +164,7 @@ class _Workshop:
         """Trains the task and notes what it cost."""
         order = self.order
         plan = {name: value for name, value in asdict(self.plan).items() if name != "steps"}
-        binding = {"size": order.size, "data": self.photos[0].digest(), **plan, **depends_on}
+        binding = {"size": order.size, "data": self.data, **plan, **depends_on}
         limits = Limits(minutes=order.minutes, stop_at=order.stop_at, report_every=order.report_every)
         since = time.monotonic()
         cursor = run(task, order.work, order.seed, limits, binding=_plain(binding), watcher=self.watcher)
@@ -213,7 +219,7 @@ def _train_sd(shop: _Workshop) -> StageResult:
     from protectors.reference.export import save_pipeline
 
     order, encoder = shop.order, encoder_digest(shop.vae)
-    cache = order.work / f"latents-{encoder}-{shop.photos[0].digest()}-{shop.plan.crops}.safetensors"
+    cache = order.work / f"latents-{encoder}-{shop.data}-{shop.plan.crops}.safetensors"
     task = SdTask(
         shop.geometry,
         shop.plan,
