@@ -169,6 +169,13 @@ def _recolour(crop: Tensor, factors: np.ndarray) -> Tensor:
     return ((mean + (crop - mean) * contrast) * brightness).clamp(0, 1)
 
 
+def crop_batch(photos: Photos, picks: Sequence[int], rule: CropRule, key: tuple[int, int]) -> Tensor:
+    """One random crop of each picked photo, `(N, 3, size, size)` in [-1, 1]; `key` is seed and first position."""
+    seed, position = key
+    crops = [random_crop(photos.images[pick], rule, (seed, position + i)) for i, pick in enumerate(picks)]
+    return torch.stack(crops) * 2 - 1
+
+
 def centre_crop(image: Tensor, size: int) -> Tensor:
     """Cuts the largest centred square, resized: float (3, size, size) in [0, 1]."""
     _, height, width = image.shape

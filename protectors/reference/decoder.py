@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from protectors.reference.checkpoint import Cursor
-from protectors.reference.data import CropRule, Photos, centre_crop, order, random_crop
+from protectors.reference.data import CropRule, Photos, centre_crop, crop_batch, order
 from protectors.reference.geometry import Geometry
 from protectors.reference.learner import Learner, rate_factor, step_generator
-from protectors.reference.quality import psnr, ssim
-from protectors.reference.vae import colour_loss, load_vae, reconstruct
+from protectors.reference.quality import ssim
+from protectors.reference.vae import colour_loss, load_vae, mean_psnr
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,11 +48,7 @@ class DecoderTask:
         """Makes one update; returns its loss and the number of crops used."""
         rule = CropRule(self.geometry.image_size, scales=(0.5, 1.0))
         picks = order(len(self._photos), seed=cursor.seed, position=cursor.position, batch=self.plan.batch)
-        crops = [
-            random_crop(self._photos.images[pick], rule, (cursor.seed, cursor.position + i))
-            for i, pick in enumerate(picks)
-        ]
-        pixels = (torch.stack(crops) * 2 - 1).to(self.device)
+        pixels = crop_batch(self._photos, picks, rule, (cursor.seed, cursor.position)).to(self.device)
         with torch.autocast(self.device, torch.bfloat16, enabled=self.plan.bf16):
             with torch.no_grad():
                 posterior = self.vae.encode(pixels).latent_dist
@@ -66,9 +62,7 @@ class DecoderTask:
     def held_out(self) -> dict[str, float]:
         """PSNR of the averaged weights on the held-out photos, in decibel."""
         with self.learner.averaged():
-            parts = torch.split(self._held_out, 16)
-            values = [psnr(reconstruct(self.vae, part.to(self.device)).cpu(), part) for part in parts]
-        return {"psnr_db": torch.cat(values).mean().item()}
+            return {"psnr_db": mean_psnr(self.vae, self._held_out, self.device)}
 
     def save(self, folder: Path) -> None:
         """Writes the autoencoder with the averaged decoder in float16; `vae` holds float16 afterwards."""

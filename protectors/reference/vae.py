@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from protectors.reference.checkpoint import Cursor
-from protectors.reference.data import CropRule, Photos, centre_crop, order, random_crop
+from protectors.reference.data import CropRule, Photos, centre_crop, crop_batch, order, random_crop
 from protectors.reference.fragility import FragilityGoal, fragility_loss
 from protectors.reference.geometry import Geometry
 from protectors.reference.learner import Learner, rate_factor, step_generator
@@ -126,20 +126,13 @@ class VaeTask:
         size = self.geometry.image_size
         rule = CropRule(size // 2, scales=(0.25, 0.5)) if coarse else CropRule(size, scales=(0.5, 1.0))
         picks = order(len(self._photos), seed=cursor.seed, position=cursor.position, batch=batch)
-        crops = [
-            random_crop(self._photos.images[pick], rule, (cursor.seed, cursor.position + i))
-            for i, pick in enumerate(picks)
-        ]
-        return torch.stack(crops) * 2 - 1
+        return crop_batch(self._photos, picks, rule, (cursor.seed, cursor.position))
 
     @torch.no_grad()
     def held_out(self) -> dict[str, float]:
         """PSNR of the averaged weights on the held-out photos, in decibel."""
         with self.learner.averaged():
-            pairs = [
-                (reconstruct(self.vae, part.to(self.device)).cpu(), part) for part in torch.split(self._held_out, 16)
-            ]
-        return {"psnr_db": torch.cat([psnr(output, part) for output, part in pairs]).mean().item()}
+            return {"psnr_db": mean_psnr(self.vae, self._held_out, self.device)}
 
     @torch.no_grad()
     def finished(self) -> Any:
@@ -213,6 +206,13 @@ class Whitening:
 def load_vae(folder: Path) -> Any:
     """Loads an autoencoder in float32 from a local folder, safetensors only."""
     return AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32, use_safetensors=True, local_files_only=True)
+
+
+@torch.no_grad()
+def mean_psnr(vae: Any, images: Tensor, device: str) -> float:
+    """Mean PSNR in decibel of reconstructed images, `(N, 3, H, W)` in [0, 1]."""
+    parts = torch.split(images, 16)
+    return torch.cat([psnr(reconstruct(vae, part.to(device)).cpu(), part) for part in parts]).mean().item()
 
 
 def reconstruct(vae: Any, images: Tensor) -> Tensor:
