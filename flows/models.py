@@ -63,6 +63,9 @@ def train(
     size: Annotated[str, typer.Option("--size", help="nano, or tiny for a first try in seconds.")] = "nano",
     fp32: Annotated[bool, typer.Option("--fp32", help="No bfloat16: slower, on any processor.")] = False,
     limit: Annotated[int | None, typer.Option("--limit", help="Use at most so many training photos.")] = None,
+    begin: Annotated[
+        Path | None, typer.Option("--begin", help="nano-sd: folder whose UNet and text encoder are trained on.")
+    ] = None,
     report_every: Annotated[int, typer.Option("--report-every", help="Updates per line of the loss curve.")] = 250,
     stop_at: Annotated[int | None, typer.Option("--stop-at", help="Stop before this update.")] = None,
 ) -> None:
@@ -94,6 +97,7 @@ def train(
         size=size,
         bf16=not fp32,
         limit=limit,
+        begin=begin,
         stop_at=stop_at,
         report_every=report_every,
         plans=_plans(overrides or []),

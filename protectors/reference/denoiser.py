@@ -10,7 +10,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from protectors.diffusion import choose_attention
 from protectors.reference.checkpoint import Cursor
@@ -58,6 +58,13 @@ def build_text_encoder(geometry: Geometry, tokenizer: Any) -> Any:
     return CLIPTextModel(config)
 
 
+def _copy_weights(network: Any, file: Path) -> None:
+    try:
+        network.load_state_dict(load_file(file))
+    except RuntimeError as error:  # names or shapes differ
+        raise ValueError(f"{file} holds a model of another geometry: begin from one of the same size") from error
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SdPlan:
     """How denoiser and text encoder are trained."""
@@ -93,14 +100,22 @@ class SdTask:
         vae_folder: Path,
         cache: Path,
         note: Callable[[str], None],
+        begin: Path | None = None,
     ) -> None:
         self.plan, self.device, self.steps = plan, device, plan.steps
         train, held_out = photos
-        self.tokenizer = build_tokenizer(train.captions, vocabulary=geometry.vocabulary, length=geometry.text_length)
+        if begin is None:
+            words = build_tokenizer(train.captions, vocabulary=geometry.vocabulary, length=geometry.text_length)
+        else:
+            words = CLIPTokenizer.from_pretrained(str(begin / "tokenizer"), local_files_only=True)
+        self.tokenizer = words
         self.vae: Any = load_vae(vae_folder).to(device).eval()
         self.unet = build_unet(geometry).to(device)
         choose_attention(self.unet)
         self.text_encoder = build_text_encoder(geometry, self.tokenizer).to(device)
+        if begin is not None:
+            _copy_weights(self.unet, begin / "unet" / "diffusion_pytorch_model.safetensors")
+            _copy_weights(self.text_encoder, begin / "text_encoder" / "model.safetensors")
         self.learner = Learner({"unet": self.unet, "text_encoder": self.text_encoder}, rate=plan.rate)
         self._noise = NoisePredictor(self.unet, self.text_encoder, self.tokenizer, device=device, bf16=plan.bf16)
         self._captions, self._count = train.captions, len(train)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from protectors.model_files import model_digest
 from protectors.reference.checkpoint import Binding
 from protectors.reference.data import Photos, load_photos
 from protectors.reference.geometry import GEOMETRIES, Geometry
@@ -35,6 +36,7 @@ class TrainingOrder:
     size: str = "nano"
     bf16: bool = True
     limit: int | None = None  # use at most so many training photos
+    begin: Path | None = None  # text-to-image model whose denoiser and text encoder are trained on; None: random
     stop_at: int | None = None
     report_every: int = 250
     # Fields of a stage's plan, by stage name, e.g. {"vae": {"steps": 9000}}.
@@ -94,6 +96,8 @@ def train_model(order: TrainingOrder, watcher: Watcher) -> list[StageResult]:
 def _check(order: TrainingOrder) -> None:
     if order.size not in GEOMETRIES:
         raise ValueError(f"no size {order.size!r}; there are: {', '.join(GEOMETRIES)}")
+    if order.begin is not None and order.model != "nano-sd":
+        raise ValueError(f"{order.model} is trained from random weights; only nano-sd can begin from a model")
     if order.device not in ("cpu", "cuda"):
         raise ValueError(f"no device {order.device!r}; use cpu or cuda")
     if order.device == "cuda" and not torch.cuda.is_available():
@@ -228,8 +232,10 @@ def _train_sd(shop: _Workshop) -> StageResult:
         vae_folder=shop.vae,
         cache=cache,
         note=shop.watcher.note,
+        begin=order.begin,
     )
-    result = shop.run(task, encoder=encoder)
+    begun = {} if order.begin is None else {"begin": model_digest(str(order.begin))}
+    result = shop.run(task, encoder=encoder, **begun)
     save_pipeline(order.out, task)
     return result
 

@@ -7,6 +7,7 @@ the pinned ones.
 
 import hashlib
 import io
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -73,7 +74,9 @@ PLANS = {
 }
 
 
-def train(photos: Path, folder: Path, stage: str, *, stop_at: int | None = None, seed: int = 3) -> StageResult:
+def train(
+    photos: Path, folder: Path, stage: str, *, stop_at: int | None = None, seed: int = 3, begin: Path | None = None
+) -> StageResult:
     model = next(model for model, stages in STAGES.items() if stage in stages)
     order = TrainingOrder(
         model=model,
@@ -85,6 +88,7 @@ def train(photos: Path, folder: Path, stage: str, *, stop_at: int | None = None,
         seed=seed,
         size="tiny",
         stop_at=stop_at,
+        begin=begin,
         report_every=3,
         plans={stage: PLANS[stage]},
     )
@@ -206,6 +210,26 @@ def test_a_stage_that_is_not_complete_ends_the_order(photos: Path, tmp_path: Pat
     for stage in ("decoder", "sd"):
         with pytest.raises(ValueError, match="training with encoder"):
             train_model(replace(order, stages=(stage,)), Silent())
+
+
+def test_training_begins_from_a_given_model(photos: Path, undisturbed: Path, tmp_path: Path) -> None:
+    start = undisturbed / "nano-sd"
+    shutil.copytree(start / "vae", tmp_path / "nano-sd" / "vae")
+    assert train(photos, tmp_path, "sd", seed=8, stop_at=0, begin=start).step == 0
+    for file in ("unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"):
+        expected, begun = load_file(start / file), load_file(tmp_path / "nano-sd" / file)
+        assert all(torch.equal(tensor, begun[name]) for name, tensor in expected.items())
+    assert train(photos, tmp_path, "sd", seed=8, stop_at=2, begin=start).step == 2
+    with pytest.raises(ValueError, match="training with begin"):
+        train(photos, tmp_path, "sd", seed=8)
+
+
+def test_beginning_needs_a_model_of_the_same_kind_and_size(photos: Path, undisturbed: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="only nano-sd can begin"):
+        train(photos, tmp_path, "ddpm", begin=undisturbed / "nano-sd")
+    shutil.copytree(undisturbed / "nano-sd" / "vae", tmp_path / "nano-sd" / "vae")
+    with pytest.raises(ValueError, match="another geometry"):
+        train(photos, tmp_path, "sd", begin=reference.reference_path())
 
 
 def test_no_update_leaves_no_checkpoint(photos: Path, tmp_path: Path) -> None:
