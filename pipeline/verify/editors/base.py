@@ -28,7 +28,7 @@ class Edit:
 class Editor(ABC):
     """What an attacker does to a single image. A subclass's fields are its parameters."""
 
-    # Short name of the registry.
+    # Short name of the method.
     name: ClassVar[str]
     # Kind of checkpoint it needs.
     needs: ClassVar[ModelKind] = ModelKind.LATENT
@@ -47,21 +47,57 @@ class Editor(ABC):
     ) -> Tensor:
         """Edits a batch; row i depends on image, wish, mask and seed i and the parameters alone.
 
+        The images are edited one after the other, so that a row is the same bit for bit in any batch. Each is
+        worked on at its own size, mirrored at the right and bottom edge up to the next size that the model takes.
+
         Args:
-            images: uint8 `(B, 3, H, W)`, sRGB, any size; worked on at a padded size where the model needs one.
+            images: uint8 `(B, 3, H, W)`, sRGB, any size.
             edits: one per image.
-            seeds: one per image.
-            models: the attacker's checkpoints.
+            seeds: one per image, unsigned 64-bit.
+            models: the attacker's checkpoints; left exactly as they were.
             masks: `(B, 1, H, W)` in {0, 1}, 1 where the image is repainted; only for editors that need one.
 
         Returns:
-            uint8 of the images' shape.
+            uint8 of the images' shape, on the CPU; under 0 of a mask equal to the images.
 
         Raises:
-            ValueError: wrong shapes, counts or type; a mask where none is used, or none where one is needed.
+            ValueError: wrong shapes, counts or type; a mask where none is used, or none where one is needed; a
+                mask that is empty or not of 0 and 1; a wish that the method cannot act on.
             ModelMissing: the checkpoint it needs was not given.
+            ModelError: the checkpoint is of another kind than it was given as.
         """
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+        self._check(images, edits, seeds, masks)
+        given = models.get(self.needs)
+        areas = torch.ones_like(images[:, :1]) if masks is None else masks.cpu()
+        generators = streams(seeds, f"edit/{self!r}")
+        with torch.no_grad():
+            rows = [
+                self._edit_one(given, image, edit, generator, area)
+                for image, edit, generator, area in zip(images.cpu(), edits, generators, areas, strict=True)
+            ]
+        return torch.where(areas != 0, torch.stack(rows), images.cpu())
+
+    @abstractmethod
+    def _edit(self, given: Any, image: Tensor, edit: Edit, generator: torch.Generator, mask: Tensor) -> Tensor:
+        """The method itself, for one image.
+
+        Args:
+            given: the checkpoint's diffusers pipeline; build others from its networks, but leave them as they are.
+            image: float `(1, 3, h, w)` in [0, 1] on the CPU; both sides are multiples of the model's stride.
+            edit: the wish.
+            generator: of all random draws, on the CPU.
+            mask: float `(1, 1, h, w)` in {0, 1}; 1 everywhere for editors that need none.
+
+        Returns:
+            float `(1, 3, h, w)`, about [0, 1], on any device.
+        """
+
+    def parameters(self) -> dict[str, Any]:
+        """What a report records of it: name and every field."""
+        return {"name": self.name, **asdict(self)}
+
+    def _check(self, images: Tensor, edits: Sequence[Edit], seeds: Sequence[int], masks: Tensor | None) -> None:
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or not images.numel():
             raise ValueError(f"images must be uint8 (B, 3, H, W), not {images.dtype} {tuple(images.shape)}")
         if not len(images) == len(edits) == len(seeds):
             raise ValueError(
@@ -69,25 +105,42 @@ class Editor(ABC):
             )
         if (masks is not None) != self.needs_mask:
             raise ValueError(f"{self.name} {'needs' if self.needs_mask else 'uses no'} masks")
-        if masks is not None and masks.shape != (len(images), 1, *images.shape[2:]):
+        if masks is None:
+            return
+        if masks.shape != (len(images), 1, *images.shape[2:]):
             raise ValueError(f"masks must be {(len(images), 1, *images.shape[2:])}, not {tuple(masks.shape)}")
-        with torch.no_grad():
-            edited = self._edit(images.float() / 255, edits, streams(seeds, f"edit/{self!r}"), models, masks)
-        if edited.shape != images.shape or not bool(edited.isfinite().all()):
+        if not bool(((masks == 0) | (masks == 1)).all()):
+            raise ValueError("masks must be 0 where the image is kept and 1 where it is repainted, nothing else")
+        if not bool((masks == 1).flatten(1).any(1).all()):
+            raise ValueError("a mask is 0 everywhere: nothing would be repainted")
+
+    def _edit_one(self, given: Any, image: Tensor, edit: Edit, generator: torch.Generator, area: Tensor) -> Tensor:
+        """uint8 `(3, H, W)` in and out; the padding is put on and taken off here."""
+        stride = model_stride(given)
+        padded, mask = mirrored(image[None].float() / 255, stride), mirrored(area[None].float(), stride)
+        edited = self._edit(given, padded, edit, generator, mask)
+        if edited.shape != padded.shape or not bool(edited.isfinite().all()):
             raise RuntimeError(f"{self.name} broke its contract: shape {tuple(edited.shape)} or not finite")
-        return (edited.clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+        cropped = edited[0, :, : image.shape[1], : image.shape[2]]
+        return (cropped.clamp(0, 1) * 255).round().to(torch.uint8).cpu()
 
-    @abstractmethod
-    def _edit(
-        self,
-        images: Tensor,
-        edits: Sequence[Edit],
-        generators: Sequence[torch.Generator],
-        models: AttackModels,
-        masks: Tensor | None,
-    ) -> Tensor:
-        """The method itself: float `(B, 3, H, W)` in [0, 1] in and out, one generator per image."""
 
-    def parameters(self) -> dict[str, Any]:
-        """What a report records of it: name and every field."""
-        return {"name": self.name, **asdict(self)}
+def model_stride(given: Any) -> int:
+    """Pixels of which both sides of an image must be a multiple."""
+    # The UNet halves its input once per block but the last, and its skip connections need even sides.
+    stride: int = given.vae_scale_factor * 2 ** (len(given.unet.config.block_out_channels) - 1)
+    return stride
+
+
+def mirrored(pixels: Tensor, stride: int) -> Tensor:
+    """`(B, C, H, W)` continued to the right and down, to multiples of `stride`, by reflection about the last pixel.
+
+    Unlike torch's own padding it reflects again where the image is smaller than what is missing.
+    """
+    rows, columns = (_reflected_positions(side, stride) for side in pixels.shape[-2:])
+    return pixels[..., rows[:, None], columns]
+
+
+def _reflected_positions(side: int, stride: int) -> Tensor:
+    positions = torch.arange(-(-side // stride) * stride) % max(1, 2 * (side - 1))
+    return torch.minimum(positions, 2 * (side - 1) - positions)
