@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from pipeline.laboratory.figures import Figure
-from pipeline.verify.customize import DreamBooth, DreamBoothConfig, load_pipeline
+from pipeline.verify.attack_models import load_pipeline
+from pipeline.verify.customizers.dreambooth import DreamBooth
 from protectors.advdm import AdvDM
 from protectors.diffusion import load_model
 
@@ -29,11 +30,11 @@ def advdm_step(model: Path, images: Tensor, steps: int) -> Figure:
     return Figure(model=MODEL, name="one AdvDM step, s", value=value, sample=sample, at_most=0.6)
 
 
-def dreambooth(model: Path, images: Tensor, class_word: str, config: DreamBoothConfig) -> Figure:
+def dreambooth(model: Path, images: Tensor, class_word: str, attack: DreamBooth) -> Figure:
     """Wall time of one personalization, class images included."""
-    attack = DreamBooth(load_pipeline(model), config)
+    base = load_pipeline(model)
     since = time.perf_counter()
-    attack.customize(images, class_word, seed=0)
+    attack.customize(base, images, class_word, seed=0)
     value = time.perf_counter() - since
-    sample = f"{len(images)} photos, {config.steps} updates, {torch.get_num_threads()} threads"
+    sample = f"{len(images)} photos, {attack.steps} updates, {torch.get_num_threads()} threads"
     return Figure(model=MODEL, name="one DreamBooth personalization, s", value=value, sample=sample, at_most=180.0)

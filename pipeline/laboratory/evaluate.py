@@ -17,7 +17,8 @@ from torch import Tensor
 from pipeline.laboratory import autoencoder, cost, denoiser, neighbours, personalization, purification
 from pipeline.laboratory.autoencoder import EncoderAttack
 from pipeline.laboratory.figures import Figure
-from pipeline.verify.customize import PRESETS, load_pipeline
+from pipeline.verify.attack_models import load_pipeline
+from pipeline.verify.customizers.dreambooth import DreamBooth
 from pipeline.verify.embed import Embedder
 from protectors.reference import NANO_DDPM, NANO_EMBED, NANO_SD
 from protectors.reference.data import CropRule, Photos, centre_crop, load_photos, random_crop
@@ -135,13 +136,13 @@ def _sd_figures(order: Evaluation, note: Note) -> list[Figure]:
     drawn = denoiser.samples(pipeline, denoiser.CAPTIONS, 4, steps=50, guidance=5.0)
     denoiser.contact_sheet(drawn, denoiser.CAPTIONS, order.out / "samples.png")
     found.append(cost.advdm_step(model, images[:4], 10))
-    found.append(cost.dreambooth(model, images[:4], "dog", PRESETS["quick"]))
+    found.append(cost.dreambooth(model, images[:4], "dog", DreamBooth.presets()["quick"]))
     return found + _personalization(order, size, note)
 
 
 def _personalization(order: Evaluation, size: int, note: Note) -> list[Figure]:
     experiment = personalization.Experiment(
-        model=order.folders[NANO_SD], embedder=order.folders[NANO_EMBED], dreambooth=PRESETS["quick"]
+        model=order.folders[NANO_SD], embedder=order.folders[NANO_EMBED], dreambooth=DreamBooth.presets()["quick"]
     )
     subjects = personalization.load_subjects(order.subjects, size)
     note(f"nano-sd: personalization on {len(subjects)} subjects, three times each")

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from pipeline.laboratory.figures import Figure, bootstrap_interval, bootstrap_ratio
-from pipeline.verify.customize import DreamBooth, DreamBoothConfig, load_pipeline
+from pipeline.verify.attack_models import load_pipeline
+from pipeline.verify.customizers.base import PHOTO, PriorImages, sample
+from pipeline.verify.customizers.dreambooth import DreamBooth
 from pipeline.verify.embed import Embedder, mean_similarity, mean_similarity_among
 from protectors.constraints import to_8bit
 from protectors.diffusion import load_model
@@ -51,7 +53,7 @@ class Experiment:
 
     model: Path
     embedder: Path
-    dreambooth: DreamBoothConfig
+    dreambooth: DreamBooth
     # Also personalize on photos with uniform noise and on protected ones, both of `LEVELS` levels.
     conditions: tuple[str, ...] = (CLEAN, NOISE, PROTECTED)
     generated: int = 32
@@ -163,24 +165,27 @@ def _read(store: Path, keys: Mapping[str, str]) -> dict[str, Scores]:
 
 def measure(experiment: Experiment, subject: Subject) -> Scores:
     """Personalizes on one subject under every condition and compares what is generated with its other photos."""
-    config = experiment.dreambooth
+    attack = experiment.dreambooth
     # Each subject has its own draws; its conditions share them.
     seed = int.from_bytes(hashlib.sha256(f"{experiment.seed}/{subject.name}".encode()).digest()[:4], "big")
     embedder = Embedder(experiment.embedder)
     others = embedder.embed(subject.others)
-    attack = DreamBooth(load_pipeline(experiment.model), config)
-    prompt = config.subject_prompt(subject.class_word)
+    base = load_pipeline(experiment.model)
+    priors = PriorImages(base)
+    prompt = PHOTO.format(attack.subject(subject.class_word))
 
-    def similarity(images: Tensor) -> float:
+    def similarity(pipeline: Any) -> float:
+        images = sample(pipeline, prompt, experiment.generated, seed=seed, sampling=attack.sampling)
         return mean_similarity(embedder.embed(images), others)
 
     after = {}
     for condition in experiment.conditions:
-        customized = attack.customize(_treated(experiment, subject, condition, seed), subject.class_word, seed=seed)
-        after[condition] = similarity(attack.sample(customized, prompt, experiment.generated, seed=seed))
+        images = _treated(experiment, subject, condition, seed)
+        customized = attack.customize(base, images, subject.class_word, seed=seed, priors=priors)
+        after[condition] = similarity(customized.pipeline)
     return Scores(
         subject=subject.name,
-        before=similarity(attack.sample(attack.pipeline, prompt, experiment.generated, seed=seed)),
+        before=similarity(base),
         real=mean_similarity_among(embedder.embed(subject.photos)),
         after=after,
     )
@@ -195,7 +200,7 @@ def _treated(experiment: Experiment, subject: Subject, condition: str, seed: int
         noise = (torch.rand(images.shape, generator=generator) * 2 - 1) * (LEVELS / 255)
         return to_8bit((images + noise).clamp(0, 1))
     protector = Mist(experiment.protector_config(), load_model(str(experiment.model)))
-    prompts = [experiment.dreambooth.class_prompt(subject.class_word)] * len(images)
+    prompts = [PHOTO.format(subject.class_word)] * len(images)
     result = protector.protect(images, prompts=prompts, seeds=[seed + place for place in range(len(images))])
     if failed := [fact.failed for fact in result.facts if fact.failed]:
         raise RuntimeError(f"{subject.name} could not be protected: {failed[0]}")
