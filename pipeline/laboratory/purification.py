@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pipeline.laboratory.figures import Figure, bootstrap_interval
+from pipeline.verify.purifiers.ddpm import diffuse_and_denoise
 from protectors.constraints import to_8bit
 from protectors.reference.quality import psnr
 
@@ -26,14 +27,9 @@ def purify(pipeline: Any, tiles: Tensor, t: int, *, seed: int) -> Tensor:
         t: the timestep that noise is added for; t + 1 steps lead back.
         seed: of the noise.
     """
-    scheduler, generator = pipeline.scheduler, torch.Generator().manual_seed(seed)
-    scheduler.set_timesteps(scheduler.config.num_train_timesteps)
-    current = scheduler.add_noise(tiles * 2 - 1, torch.randn(tiles.shape, generator=generator), torch.tensor([t]))
-    for step in range(t, -1, -1):
-        prediction = pipeline.unet(current, step).sample
-        current = scheduler.step(prediction, step, current, generator=generator).prev_sample
-    purified: Tensor = (current / 2 + 0.5).clamp(0, 1)
-    return purified
+    generator = torch.Generator().manual_seed(seed)
+    # Timesteps count from 1 there and from 0 here.
+    return diffuse_and_denoise(pipeline, tiles, t + 1, [generator] * len(tiles))
 
 
 def figures(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -18,8 +19,22 @@ from protectors.randomness import streams
 class Purifier(ABC):
     """What an attacker does to an image before using it. A subclass's fields are its parameters."""
 
-    # Kind of checkpoint it needs; None for plain image processing.
+    # Kind of checkpoint it needs first; None for plain image processing. `missing` tells of all kinds.
     needs: ClassVar[ModelKind | None] = None
+
+    @property
+    def summary(self) -> str:
+        """One line for listings: the first of the class's docstring."""
+        return (inspect.getdoc(type(self)) or "").partition("\n")[0]
+
+    @property
+    def randomised(self) -> bool:
+        """Whether the result depends on the seed: one draw per call, which tables call "one-shot"."""
+        return False
+
+    def missing(self, models: AttackModels) -> ModelKind | None:
+        """The first kind of checkpoint that it needs and the attacker lacks; None: it can run."""
+        return None if models.has(self.needs) else self.needs
 
     @final
     def purify(self, images: Tensor, *, seeds: Sequence[int], models: AttackModels) -> Tensor:
