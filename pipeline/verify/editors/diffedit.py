@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -49,6 +50,7 @@ class DiffEdit(Editor):
 
         if _tokens(given, edit.source) == _tokens(given, edit.target):
             raise ValueError(f"{self.name}: source and target are both {edit.target!r}: there is nothing to edit")
+        logging.getLogger("diffusers.pipelines.pipeline_utils").addFilter(_tells_news)
         pipeline = rebuild(StableDiffusionDiffEditPipeline, given, inverse_scheduler=inverse_ddim(given))
         common = {"num_inference_steps": self.steps, "generator": generator}
         area = pipeline.generate_mask(
@@ -80,3 +82,8 @@ def _tokens(given: Any, prompt: str) -> list[int]:
     """What the text encoder sees of a prompt."""
     tokens: list[int] = given.tokenizer(prompt, truncation=True, max_length=given.tokenizer.model_max_length).input_ids
     return tokens
+
+
+def _tells_news(record: logging.LogRecord) -> bool:
+    """False for diffusers' word that this pipeline is deprecated, once per image; known, see the class."""
+    return "StableDiffusionDiffEditPipeline has been deprecated" not in record.getMessage()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any
 
 from torch import Tensor
@@ -30,15 +31,24 @@ def ddim(given: Any) -> Any:
     """
     from diffusers import DDIMScheduler
 
-    # diffusers' pipelines set the offset to 1 in any case, but with a warning.
-    return DDIMScheduler.from_config(given.scheduler.config, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+    return _mirrored_ddim(DDIMScheduler, given)
 
 
 def inverse_ddim(given: Any) -> Any:
     """The scheduler that walks `ddim`'s steps from the image to the noise."""
     from diffusers import DDIMInverseScheduler
 
-    return DDIMInverseScheduler.from_config(ddim(given).config)
+    return _mirrored_ddim(DDIMInverseScheduler, given)
+
+
+def _mirrored_ddim(scheduler_class: Any, given: Any) -> Any:
+    known = signature(scheduler_class).parameters
+    config = {name: value for name, value in given.scheduler.config.items() if name in known}
+    # Sampling has three spacings and inversion two.
+    spacing = "trailing" if config.get("timestep_spacing") == "trailing" else "leading"
+    # diffusers' pipelines set the offset to 1 in any case, but with a warning.
+    fixed = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1, "timestep_spacing": spacing}
+    return scheduler_class(**{**config, **fixed})
 
 
 def encode(given: Any, image: Tensor) -> Tensor:
