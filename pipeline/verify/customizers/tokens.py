@@ -25,7 +25,9 @@ def add_token(pipeline: Any, word: str, like: str) -> int:
     start = tokenizer(like, add_special_tokens=False).input_ids
     if not start:
         raise ValueError(f"{like!r} gives no token to start {word!r} from; name a word")
-    if tokenizer.add_tokens([word]) != 1:
+    known = len(tokenizer)
+    tokenizer.add_tokens([word])
+    if len(tokenizer) == known:
         raise ValueError(f"the model's tokenizer knows {word!r} already; choose another word for the subject")
     # mean_resizing would draw the row from torch's global generator.
     embedding = text_encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
