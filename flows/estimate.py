@@ -36,7 +36,7 @@ def estimate(job: Job, plan: Plan) -> Estimate:
     Decoding, encoding and the check are left out: they run beside the optimizer.
     """
     open_assets = _open_assets(job, plan)
-    steps = int(job.protector_config.get("steps", 0))
+    steps = int(job.ladder[0].get("steps", 0))
     views = _first_views(job, plan) if open_assets and steps else []
     if not views:
         why = "nothing is left to do" if not open_assets else "no image of the first unit can be read"
@@ -91,8 +91,8 @@ def _tile_seconds(job: Job, view: npt.NDArray[np.uint8]) -> tuple[float, float, 
     tile = torch.from_numpy(view[: box.height, : box.width].copy()).permute(2, 0, 1)[None].float() / 255
     times: dict[int, float] = {}
     for steps in (TRIAL_STEPS[0], *TRIAL_STEPS):  # the first call warms caches
-        trial = dataclasses.replace(job, protector_config={**job.protector_config, "steps": steps})
-        protector = Optimizer(trial, device).protector
+        trial = dataclasses.replace(job, ladder=({**job.ladder[0], "steps": steps},))
+        protector = Optimizer(trial, device).protectors[0]
         started = time.monotonic()
         protector.protect(tile, seeds=[0])
         times[steps] = time.monotonic() - started

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -18,8 +19,10 @@ from pipeline.errors import PipelineError, StorageError
 from pipeline.job import Job
 from pipeline.manifest import Manifest, read_commits, read_manifests, read_success, says
 from pipeline.plan import Plan, Shard, plan_columns
-from pipeline.run import Tally, Task, cut_waves, prepare, publish
+from pipeline.run import Tally, Task, cut_waves, prepare, publish, raised
+from pipeline.storage import in_parallel
 from pipeline.verify.check import UNPURIFIED
+from pipeline.verify.gate import decide
 from pipeline.verify.report import read_verification, write_verification
 from pipeline.verify.statistics import Survival
 
@@ -77,7 +80,7 @@ def plan_archive(config: JobConfig) -> tuple[Job, Plan]:
 
 
 @task(name="protect-wave", cache_policy=NO_CACHE)
-def protect_wave(job: Job, pool: Any, tasks: Sequence[Task], tally: Tally) -> None:
+def protect_wave(job: Job, pool: Any, tasks: Sequence[Task], tally: Tally, rung: int = 0) -> None:
     """Runs the optimizer over one wave of units. Not retried: the store holds what is done, a rerun goes on there."""
     from pipeline.ray_job import Failed, protect_units
 
@@ -85,7 +88,7 @@ def protect_wave(job: Job, pool: Any, tasks: Sequence[Task], tally: Tally) -> No
         if isinstance(result, Failed):
             tally.failed[result.shard_id] = result.error
             continue
-        tally.add(result)
+        tally.add(result, again=rung > 0)
         note = f"{tally.quarantined} quarantined" if tally.quarantined else ""
         observer().advance(result.protected + len(result.quarantined), note)
 
@@ -100,6 +103,21 @@ def check_wave(job: Job, pool: Any, shards: Sequence[Shard], tally: Tally) -> No
         if isinstance(result, Failed):
             tally.failed[result.shard_id] = result.error
     observer().advance(len(shards))
+
+
+@task(name="gate-wave", cache_policy=NO_CACHE)
+def gate_wave(job: Job, shards: Sequence[Shard], tally: Tally) -> tuple[list[Shard], list[Shard]]:
+    """Decides on checked shards: those that may be committed, and those that a stronger preset is tried on."""
+    ready: list[Shard] = []
+    weak: list[Shard] = []
+    for shard, decision in zip(shards, in_parallel(partial(decide, job), shards), strict=True):
+        if decision.outcome != "pass":
+            observer().note(f"{shard.shard_id}: {decision}")
+        if decision.outcome == "fail":
+            tally.failed[shard.shard_id] = f"not committed, its protection is too weak: {decision}"
+        else:
+            (weak if decision.outcome == "strengthen" else ready).append(shard)
+    return ready, weak
 
 
 @task(name="commit-wave", cache_policy=NO_CACHE)
@@ -167,10 +185,16 @@ def _run_waves(job: Job, plan: Plan, shards: Sequence[Shard], tally: Tally) -> N
             observer().step("protect", plan.rows, tally.resumed + tally.protected + tally.quarantined)
             if tasks:
                 protect_wave(job, pool, tasks, tally)
-            if good := [shard for shard in complete if shard.shard_id not in tally.failed]:
-                check_wave(job, pool, good, tally)
-            if good := [shard for shard in good if shard.shard_id not in tally.failed]:
-                commit_wave(job, [(shard, plan_columns(plan, shard)) for shard in good], tally)
+            while complete := [shard for shard in complete if shard.shard_id not in tally.failed]:
+                check_wave(job, pool, complete, tally)
+                checked = [shard for shard in complete if shard.shard_id not in tally.failed]
+                ready, weak = gate_wave(job, checked, tally)
+                if ready:
+                    commit_wave(job, [(shard, plan_columns(plan, shard)) for shard in ready], tally)
+                tasks, complete = raised(job, weak)
+                if tasks:
+                    observer().step("strengthen", sum(task.rows for task in tasks))
+                    protect_wave(job, pool, tasks, tally, rung=1)
 
 
 def summary(outcome: Outcome) -> list[dict[str, Any]]:
@@ -184,6 +208,7 @@ def summary(outcome: Outcome) -> list[dict[str, Any]]:
             "quarantined": manifest.rows_quarantined,
             "checked": manifest.verify["sampled"],
             "left after the worst purifier": _worst(manifest.verify["survival"]),
+            "gate": " > ".join(f"{item['preset']} {item['outcome']}" for item in manifest.verify["gate"]),
         }
         for manifest in outcome.manifests
     ]

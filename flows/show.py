@@ -36,7 +36,7 @@ def plan(console: Console, job: Job, found: Plan, cost: Estimate) -> None:
         f"{len(found.shards)} shards, {units} units, {found.rows} assets; {cost.open_assets} still to protect"
     )
     _left_out(console, found)
-    console.print(f"method {job.config.job.method.name} {job.protector_config}, model {job.model_digest[:12]}")
+    console.print(f"method {job.config.job.method.name} {job.ladder[0]}, model {job.model_digest[:12]}")
     console.print(cost.text, highlight=False)
 
 

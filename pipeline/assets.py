@@ -41,6 +41,7 @@ class Unit:
 
     shard_id: str
     unit_id: str
+    rung: int
     assets: list[Asset]
     # The customer's columns as the source has them, one row per asset.
     customer: pa.Table = field(default_factory=lambda: pa.table({}))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 PIXEL_CODE_VERSION = 1
 """Raised whenever decoding, scaling or encoding changes a stored pixel; part of every fingerprint."""
@@ -16,10 +16,12 @@ Resolution = Literal["training-scale", "native"]
 OutputFormat = Literal["png", "webp", "jpeg"]
 OtherImages = Literal["refuse", "drop", "keep"]
 Precision = Literal["float32", "bfloat16"]
+GateMetric = Literal["survival", "effect"]
+GateAction = Literal["pass", "flag", "fail", "strengthen"]
 
 
 class _Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_by_name=True, serialize_by_alias=True)
 
 
 class ArchiveSettings(_Settings):
@@ -68,6 +70,31 @@ class OutputSettings(_Settings):
     resolution: Resolution = "training-scale"
 
 
+class GateSettings(_Settings):
+    """Decides on the sampled check whether a shard may be committed."""
+
+    # survival: share of the objective's gain that is left; effect: share of what a customized model gains on clean
+    # images that it does not gain on protected ones (needs ``groups``). Either after the worst purifier.
+    metric: GateMetric = "survival"
+    # Purifiers that count. Empty: all of the check.
+    purifiers: tuple[str, ...] = ()
+    # A shard below it, or without a measurement, is not good enough.
+    threshold: Annotated[float, Field(ge=-1, le=1)] = 0.5
+    # pass: commit whatever is measured; flag: commit and say so; fail: do not commit;
+    # strengthen: protect the shard again with the next preset of the ladder.
+    action: GateAction = "pass"
+    # Presets that strengthen tries, one after the other; all of the job's method.
+    ladder: tuple[str, ...] = ()
+    # What becomes of a shard that the last preset of the ladder does not save.
+    finally_: Annotated[Literal["flag", "fail"], Field(alias="finally")] = "fail"
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if (self.action == "strengthen") != bool(self.ladder):
+            raise ValueError("action 'strengthen' and a ladder of presets go together: give both or none")
+        return self
+
+
 class CheckSettings(_Settings):
     """The sampled check of every shard before it is committed."""
 
@@ -77,6 +104,30 @@ class CheckSettings(_Settings):
     min_per_shard: Annotated[int, Field(ge=0)] = 2
     # Changes which assets are chosen.
     salt: str = ""
+    # Purifiers of the check (`fixative attack list`); those that need a model run at its training scale only.
+    purifiers: Annotated[tuple[str, ...], Field(min_length=1)] = ("jpeg75", "half-size", "chain")
+    # Groups of images per shard on which an attacker's model is customized, four cells each: minutes per group.
+    groups: Annotated[int, Field(ge=0)] = 0
+    # How it is customized (`fixative attack list`), and with which preset.
+    customizer: str = "dreambooth"
+    customizer_preset: str = "quick"
+    # Purifiers of the customization beside none; each costs two more customizations per group.
+    customize_after: tuple[str, ...] = ("chain",)
+    # Columns that name the subject and its class ("dog"). Without them groups are look-alikes, of class "subject".
+    subject_column: str | None = None
+    class_column: str | None = None
+    # The attacker's checkpoints by kind (latent, pixel, upscaler, ...): folders or hub ids. The job's own model and
+    # the embedded ones are there without.
+    models: dict[str, str] = Field(default_factory=dict)
+    gate: GateSettings = GateSettings()
+
+    @model_validator(mode="after")
+    def _gate_has_its_metric(self) -> Self:
+        if self.gate.action != "pass" and self.gate.metric == "effect" and self.groups < 3:
+            raise ValueError("the gate's metric 'effect' needs groups of at least 3: fewer have no interval")
+        if self.gate.action != "pass" and not self.min_per_shard:
+            raise ValueError("a gate needs min_per_shard of at least 1: it cannot judge a shard that is not checked")
+        return self
 
 
 class LimitSettings(_Settings):

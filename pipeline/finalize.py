@@ -20,13 +20,15 @@ from pipeline.errors import AlreadyExists, IntegrityError, SourceChanged
 from pipeline.ids import sha256_hex
 from pipeline.job import Job, code_version
 from pipeline.manifest import Manifest, logical_hash
-from pipeline.parts import PARQUET_OPTIONS, RUNG, read_part
+from pipeline.parts import PARQUET_OPTIONS, read_part
 from pipeline.plan import Shard, load_index, unit_ids
 from pipeline.schema import CHECK_TYPE, QUARANTINED, SCHEMA_VERSION, data_schema, output_name
 from pipeline.storage import Store, put_json_new, stored_sha256
 from pipeline.units import RowRange
 from pipeline.verify.check import StoredCheck, sampled_rows, stored_checks
+from pipeline.verify.gate import history
 from pipeline.verify.statistics import survival
+from pipeline.verify.trials import stored_tables
 
 ROW_GROUP_BYTES = 64_000_000  # readers hold one row group in memory
 
@@ -44,7 +46,7 @@ def finalize_shard(job: Job, shard: Shard, customer: pa.Schema) -> Manifest:
     """
     destination = job.destination()
     index = load_index(destination, shard)
-    units = unit_ids(index, job.config_fp)
+    units = unit_ids(index, job.config_fp, shard.rung)
     checks = stored_checks(destination, shard)
     wanted = {row for rows in sampled_rows(job, shard).values() for row in rows}
     if wanted != set(checks):
@@ -86,10 +88,13 @@ def finalize_shard(job: Job, shard: Shard, customer: pa.Schema) -> Manifest:
         run_id=job.run_id,
         writer_id=uuid.uuid4().hex,
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
-        rung=RUNG,
+        rung=shard.rung,
         verify={
             "sampled": len(checks),
             "survival": [asdict(item) for item in survival([check.objective for check in checks.values()])],
+            "customization": [table.to_dict() for table in stored_tables(job, [shard])],
+            # One decision per rung of the ladder that the shard was tried on; the last one let it through.
+            "gate": [asdict(decision) for decision in history(destination, shard)],
         },
     )
     _, stored = put_json_new(destination, manifest.key, asdict(manifest))
@@ -127,7 +132,7 @@ class _Merge:
         self.shard, self.customer, self.checks = shard, customer, checks
         about = {
             "schema_version": SCHEMA_VERSION,
-            "protector": {"name": job.config.job.method.name, "config": job.protector_config},
+            "protector": {"name": job.config.job.method.name, "config": job.ladder[self.shard.rung]},
             "config_fingerprint": job.config_fp,
             "inputs": {"key": shard.key, "etag": shard.etag, "kind": shard.kind},
         }

@@ -6,7 +6,7 @@ import uuid
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.config import MAX_EPS_LEVELS, PIXEL_CODE_VERSION, JobConfig, S3Settings
+from pipeline.config import MAX_EPS_LEVELS, PIXEL_CODE_VERSION, CheckSettings, JobConfig, S3Settings
 from pipeline.decode import DecodeLimits
 from pipeline.errors import UserError
 from pipeline.ids import fingerprint
@@ -31,17 +31,17 @@ class Job:
     fields: dict[str, Any]
     config_fp: str
     run_id: str
-    protector_config: dict[str, Any]
+    # The method's configuration on every rung of the ladder: the job's preset first, then those of its gate.
+    ladder: tuple[dict[str, Any], ...]
     protector_version: str
     # NO_MODEL for methods that need none.
     model_digest: str
     # Side in pixels at which the model was trained.
     base_size: int
 
-    @property
-    def eps_levels(self) -> float:
+    def eps_levels(self, rung: int) -> float:
         """The l_inf budget in 8-bit levels of the saved pixels."""
-        return float(self.protector_config["eps_levels"])
+        return float(self.ladder[rung]["eps_levels"])
 
     @property
     def limits(self) -> DecodeLimits:
@@ -88,6 +88,9 @@ def resolve(config: JobConfig) -> Job:
     """
     method = config.job.method
     chosen, settings = protector_settings(config)
+    gate = config.job.check.gate
+    ladder = [settings, *(protector_settings(config, preset)[1] for preset in gate.ladder)]
+    check_attacks(config.job.check)
     folder, base_size = find_model(config)
     digest = model_digest(folder) if folder else NO_MODEL
     fields = {
@@ -97,7 +100,8 @@ def resolve(config: JobConfig) -> Job:
         "precision": method.precision,
         "archive": config.job.archive.model_dump(),
         "output": config.job.output.model_dump(),
-        "check": config.job.check.model_dump(),
+        "check": config.job.check.model_dump(mode="json"),
+        "ladder": [rung.to_dict() for rung in ladder[1:]],
         "limits": config.job.limits.model_dump(),
         "seed": config.job.seed,
         "pixel_code": PIXEL_CODE_VERSION,
@@ -107,7 +111,7 @@ def resolve(config: JobConfig) -> Job:
         fields=fields,
         config_fp=fingerprint(fields),
         run_id=uuid.uuid4().hex[:12],
-        protector_config=settings.to_dict(),
+        ladder=tuple(rung.to_dict() for rung in ladder),
         protector_version=chosen.version,
         model_digest=digest,
         base_size=base_size,
@@ -129,8 +133,31 @@ def find_model(config: JobConfig) -> tuple[str, int]:
         raise UserError(str(error)) from error
 
 
-def protector_settings(config: JobConfig) -> tuple[type[ImageProtector[Any, Any]], ProtectorConfig]:
-    """The method's class and its configuration: the preset, with the job's changes.
+def check_attacks(check: CheckSettings) -> None:
+    """Finds unknown names among the check's purifiers, customizer and models before anything is protected.
+
+    Raises:
+        UserError: A name is unknown, or a purifier needs a checkpoint that is not given.
+    """
+    from pipeline.verify.attack_models import EMBEDDED, ModelKind, ModelMissing
+    from pipeline.verify.customizers import customizer
+    from pipeline.verify.purifiers import PURIFIERS
+
+    if unknown := set(check.models) - set(ModelKind):
+        raise UserError(f"no kind of model named {min(unknown)!r}; there are {', '.join(ModelKind)}")
+    for name in (*check.purifiers, *check.customize_after, *check.gate.purifiers):
+        if name not in PURIFIERS:
+            raise UserError(f"no purifier named {name!r}; `fixative attack list` shows what there is")
+        kind = PURIFIERS[name].needs
+        if kind is not None and kind not in (*EMBEDDED, *check.models):
+            raise ModelMissing(kind)
+    customizer(check.customizer, check.customizer_preset)
+
+
+def protector_settings(
+    config: JobConfig, preset: str | None = None
+) -> tuple[type[ImageProtector[Any, Any]], ProtectorConfig]:
+    """The method's class and its configuration: the job's preset or another one, with the job's changes.
 
     Raises:
         UserError: Unknown method, preset or field, or a value that cannot work.
@@ -140,15 +167,14 @@ def protector_settings(config: JobConfig) -> tuple[type[ImageProtector[Any, Any]
         chosen = protector_class(method.name)
     except UnknownProtector as error:
         raise UserError(str(error)) from error
-    if method.preset not in chosen.presets:
-        raise UserError(
-            f"method '{method.name}' has no preset '{method.preset}'; it has {', '.join(sorted(chosen.presets))}"
-        )
+    name = preset or method.preset
+    if name not in chosen.presets:
+        raise UserError(f"method '{method.name}' has no preset '{name}'; it has {', '.join(sorted(chosen.presets))}")
     changes = dict(method.overrides)
     if method.eps is not None:
         changes["eps_levels"] = float(method.eps)
     try:
-        settings = chosen.presets[method.preset].replace(**changes)
+        settings = chosen.presets[name].replace(**changes)
     except ValueError as error:
         raise UserError(f"method '{method.name}': {error}") from error
     if settings.eps_levels > MAX_EPS_LEVELS:

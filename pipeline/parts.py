@@ -32,7 +32,6 @@ PARQUET_OPTIONS: dict[str, Any] = {
     "write_page_checksum": True,  # the columns beside the image have no hash of their own
 }
 SUFFIXES = {"png": ".png", "webp": ".webp", "jpeg": ".jpg"}
-RUNG = 0  # the first rung of the preset ladder
 
 
 def build_part(job: Job, unit: Unit, attempt: Attempt) -> bytes:
@@ -45,7 +44,7 @@ def build_part(job: Job, unit: Unit, attempt: Attempt) -> bytes:
             asset.failure = ErrorInfo("encode", CrashLoop.__name__, "the worker died twice on this image")
         if asset.failure is None:
             try:
-                row = _protected_row(job, asset)
+                row = _protected_row(job, asset, unit.rung)
             except AssetError as error:
                 asset.failure = ErrorInfo.of(error, "encode")
         rows.append({**_common_row(job, unit, asset), **row, "processed_at": processed_at})
@@ -94,7 +93,7 @@ def _common_row(job: Job, unit: Unit, asset: Asset) -> dict[str, Any]:
     }
 
 
-def _protected_row(job: Job, asset: Asset) -> dict[str, Any]:
+def _protected_row(job: Job, asset: Asset, rung: int) -> dict[str, Any]:
     """The columns of a protected row. Budget, PSNR, SSIM and hashes are measured on the bytes that will be stored.
 
     The objectives are the optimizer's, at its own scale; the sampled check measures them on stored bytes.
@@ -104,7 +103,7 @@ def _protected_row(job: Job, asset: Asset) -> dict[str, Any]:
         AssetError: The pixels cannot be encoded.
     """
     image = decode(asset.data or b"", limits=job.limits)
-    budget = math.floor(job.eps_levels)
+    budget = math.floor(job.eps_levels(rung))
     height, width = upright(image.pixels, image.orientation).shape[:2]
     if asset.delta is None:
         raise ProtectError("the optimizer returned nothing for this image")
@@ -127,12 +126,12 @@ def _protected_row(job: Job, asset: Asset) -> dict[str, Any]:
         "protector": job.config.job.method.name,
         "protector_version": job.protector_version,
         "model_digest": job.model_digest,
-        "rung": RUNG,
+        "rung": rung,
         "seed": asset.seed,
         "device": asset.device,
         "torch_version": version("torch"),
         "steps_run": asset.steps,
-        "eps_levels": job.eps_levels,
+        "eps_levels": job.eps_levels(rung),
         "eps_linf_measured": measured.linf_levels,
         "psnr": measured.psnr,
         "ssim": measured.ssim,

@@ -45,6 +45,8 @@ class Shard:
     units: int
     # The plan that lists it; holds the output columns of all its shards.
     plan_id: str
+    # Which preset of the ladder it is tried with; plans list 0, and a gate that strengthens raises it.
+    rung: int = 0
 
     @property
     def index_key(self) -> str:
@@ -310,6 +312,6 @@ def plan_columns(plan: Plan, shard: Shard) -> pa.Schema:
     return schema_from_text(plan.columns[shard.plan_id])
 
 
-def unit_ids(index: ShardIndex, config_fp: str, rung: int = 0) -> dict[str, RowRange]:
-    """The shard's units by id, in row order."""
+def unit_ids(index: ShardIndex, config_fp: str, rung: int) -> dict[str, RowRange]:
+    """The shard's units by id, in row order; every rung of the ladder has ids of its own."""
     return {unit_id(index.key, index.etag, unit, config_fp, rung): unit for unit in index.units}

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,10 @@ from pipeline.job import Job
 from pipeline.manifest import Manifest
 from pipeline.plan import Shard
 from pipeline.run import Task
+from pipeline.verify.attack_models import AttackModels
 from pipeline.verify.check import Check, measure_check, prepare_checks, store_check
+from pipeline.verify.trial import Trial, TrialBench
+from pipeline.verify.trials import attack_models, attack_of, prepare_trials, store_trial
 from pipeline.worker import Optimizer, Receipt, load_units, store_unit
 
 # Shares of a core. They differ from an actor's 1 so that Ray does not fuse the stages: decode and encode must not
@@ -165,10 +169,12 @@ def load(batch: Batch, job: Job) -> Iterator[Batch]:
 
 
 class Optimize:
-    """Stage: a unit is protected, or a check measured. One instance per actor."""
+    """Stage: a unit is protected, a check measured, or an attack tried. One instance per actor."""
 
     def __init__(self, job: Job, device: str) -> None:
-        self.job = job
+        self.job, self.device = job, device
+        self.models = AttackModels(attack_models(job), device=device)
+        self.bench: TrialBench | None = None
         self.optimizer: Optimizer | None = None
         self.broken = ""
         try:
@@ -179,11 +185,15 @@ class Optimize:
     def __call__(self, batch: Batch) -> Iterator[Batch]:
         yield from _each(batch, self._one)
 
-    def _one(self, item: Unit | Check) -> Iterator[Unit | str]:
+    def _one(self, item: Unit | Check | Trial) -> Iterator[Unit | str]:
         if self.optimizer is None:
             raise FatalWorkerError(self.broken)
         if isinstance(item, Check):
-            store_check(self.job, item.key, measure_check(self.optimizer, item))
+            store_check(self.job, item.key, measure_check(self.optimizer, item, self.models))
+            yield item.key
+        elif isinstance(item, Trial):
+            self.bench = self.bench or TrialBench(attack_of(self.job), device=self.device)
+            store_trial(self.job, self.bench.run(item))
             yield item.key
         else:
             yield self.optimizer.protect(item)
@@ -195,8 +205,8 @@ def store(batch: Batch, job: Job) -> Iterator[Batch]:
 
 
 def prepare(batch: Batch, job: Job) -> Iterator[Batch]:
-    """Stage: a shard becomes its checks."""
-    yield from _each(batch, lambda shard: prepare_checks(job, shard))
+    """Stage: a shard becomes its checks and its trials."""
+    yield from _each(batch, lambda shard: chain(prepare_checks(job, shard), prepare_trials(job, shard)))
 
 
 def finalize(batch: Batch, job: Job) -> Iterator[Batch]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
 from pipeline.config import JobConfig, RunSettings
@@ -14,6 +14,7 @@ from pipeline.manifest import Manifest, publish_success
 from pipeline.plan import Plan, Shard, bind, check_binding, load_index, make_plan, publish_plan, unit_ids
 from pipeline.storage import Store, check_conditional_writes, same_or_nested
 from pipeline.units import RowRange, group_units
+from pipeline.verify.gate import at_current_rung
 from pipeline.worker import Receipt
 
 SAME_ERROR_ROWS = 50  # this many rows with one error type stop a run early, if they exceed the tolerated share
@@ -21,7 +22,7 @@ SAME_ERROR_ROWS = 50  # this many rows with one error type stop a run early, if 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """Units of one shard that are read together."""
+    """Units of one shard, on its rung of the ladder, that are read together."""
 
     shard: Shard
     units: tuple[str, ...]
@@ -38,6 +39,8 @@ class Tally:
     resumed: int = 0
     units: int = 0
     protected: int = 0
+    # Assets that were protected again, because the gate asked for a stronger preset.
+    again: int = 0
     errors: Counter[str] = field(default_factory=Counter)
     # Shards that could not go on, with the reason.
     failed: dict[str, str] = field(default_factory=dict)
@@ -52,13 +55,16 @@ class Tally:
         """Quarantined assets up to which the run counts as good."""
         return max(self.run.max_quarantine_rows, self.run.max_quarantine_fraction * self.assets)
 
-    def add(self, receipt: Receipt) -> None:
-        """Takes the receipt of a finished unit.
+    def add(self, receipt: Receipt, *, again: bool = False) -> None:
+        """Takes the receipt of a finished unit; `again` on a rung after the first, where its assets count already.
 
         Raises:
             FatalWorkerError: One error type has hit ``SAME_ERROR_ROWS`` assets and more than are tolerated.
         """
         self.units += 1
+        if again:
+            self.again += receipt.protected + len(receipt.quarantined)
+            return
         self.protected += receipt.protected
         self.errors.update(receipt.quarantined)
         for name, count in self.errors.most_common(1):
@@ -117,7 +123,7 @@ def prepare(config: JobConfig, *, dry_run: bool = False) -> tuple[Job, Plan]:
 def open_units(destination: Store, shard: Shard, config_fp: str) -> list[list[tuple[str, RowRange]]]:
     """The units of a shard that have no part yet, in groups that are read together."""
     index = load_index(destination, shard)
-    names = {rows: name for name, rows in unit_ids(index, config_fp).items()}
+    names = {rows: name for name, rows in unit_ids(index, config_fp, shard.rung).items()}
     stored = {
         item.key.rpartition("/")[2].removesuffix(".parquet") for item in destination.list(f"parts/{shard.shard_id}/")
     }
@@ -134,18 +140,30 @@ def cut_waves(job: Job, shards: Sequence[Shard], tally: Tally) -> Iterator[tuple
     tasks: list[Task] = []
     complete: list[Shard] = []
     units = 0
-    for shard in shards:
+    for planned in shards:
+        shard = at_current_rung(job, planned)
         groups = open_units(destination, shard, job.config_fp)
         tally.resumed += shard.rows - sum(high - low for group in groups for _, (low, high) in group)
         for group in groups:
             if units + len(group) > job.config.run.wave_units and tasks:
                 yield tasks, complete
                 tasks, complete, units = [], [], 0
-            tasks.append(Task(shard, tuple(name for name, _ in group), sum(high - low for _, (low, high) in group)))
+            tasks.append(_task(shard, group))
             units += len(group)
         complete.append(shard)
     if tasks or complete:
         yield tasks, complete
+
+
+def raised(job: Job, shards: Sequence[Shard]) -> tuple[list[Task], list[Shard]]:
+    """The shards one rung higher, and the tasks that this takes."""
+    higher = [replace(shard, rung=shard.rung + 1) for shard in shards]
+    destination = job.destination()
+    return [_task(s, group) for s in higher for group in open_units(destination, s, job.config_fp)], higher
+
+
+def _task(shard: Shard, group: Sequence[tuple[str, RowRange]]) -> Task:
+    return Task(shard, tuple(name for name, _ in group), sum(high - low for _, (low, high) in group))
 
 
 def publish(job: Job, plan: Plan, manifests: Sequence[Manifest], report_key: str) -> None:

@@ -50,10 +50,10 @@ class Receipt:
 def load_units(job: Job, shard: Shard, wanted: Sequence[str]) -> Iterator[Unit]:
     """Reads and decodes units of a shard that lie together, one at a time."""
     index = load_index(job.destination(), shard)
-    ranges = unit_ids(index, job.config_fp)
+    ranges = unit_ids(index, job.config_fp, shard.rung)
     source = job.source()
     for name, rows in zip(wanted, read_units(source, index, [ranges[name] for name in wanted]), strict=True):
-        unit = Unit(shard_id=shard.shard_id, unit_id=name, assets=rows.assets, customer=rows.customer)
+        unit = Unit(shard_id=shard.shard_id, unit_id=name, rung=shard.rung, assets=rows.assets, customer=rows.customer)
         # Ray repeats this stage for ever when an image kills it, so it has a fuse like the optimizer's.
         attempt = begin(job.destination(), f"loads/{name}", job.run_id)
         travelling = 0
@@ -100,7 +100,9 @@ class Optimizer:
         chosen = protector_class(job.config.job.method.name)
         model = None if job.model_digest == NO_MODEL else _load_model(job, device)
         self.job = job
-        self.protector: ImageProtector[Any, Any] = chosen(chosen.config_type.from_dict(job.protector_config), model)
+        self.protectors: list[ImageProtector[Any, Any]] = [
+            chosen(chosen.config_type.from_dict(config), model) for config in job.ladder
+        ]
         self.batch_size = job.config.run.batch_size or (GPU_BATCH if device == "cuda" else 1)
         self.destination = job.destination()
         self.device = torch.cuda.get_device_name() if device == "cuda" else f"cpu {platform.machine()}"
@@ -116,26 +118,27 @@ class Optimizer:
             asset.attempt, asset.device = attempt.number, self.device
         # An image that did not travel is large: it is decoded alone, so that one of them is in memory at a time.
         together = [asset for asset in unit.healthy if asset.view is not None and not attempt.isolate]
-        self._protect_assets(together)
+        self._protect_assets(together, unit.rung)
         for asset in unit.assets:
             if asset.failure is None and asset.delta is None and attempt.enter(asset.row):
-                self._protect_assets([asset])
+                self._protect_assets([asset], unit.rung)
             elif asset.failure is None and asset.delta is None:
                 asset.failure = ErrorInfo("protect", CrashLoop.__name__, "the worker died twice on this image")
             asset.view = None  # the next stage decodes at full size
         attempt.finish()
         return unit
 
-    def objective(self, images: Sequence[npt.NDArray[np.uint8]], seed: int) -> list[float]:
+    def objective(self, images: Sequence[npt.NDArray[np.uint8]], seed: int, rung: int) -> list[float]:
         """The method's objective on versions of one image, the first being the clean one; all of one size."""
+        protector = self.protectors[rung]
         batch = _tensor(images)
         values: list[float] = []
         for image in batch:
-            value = self.protector.objective(image[None], originals=batch[:1], prompts=self._prompts(1), seeds=[seed])
+            value = protector.objective(image[None], originals=batch[:1], prompts=self._prompts(1), seeds=[seed])
             values.append(float(value[0]))
         return values
 
-    def _protect_assets(self, assets: Sequence[Asset]) -> None:
+    def _protect_assets(self, assets: Sequence[Asset], rung: int) -> None:
         groups: dict[tuple[int, int], list[_Tile]] = defaultdict(list)
         for asset in assets:
             view = asset.view if asset.view is not None else optimizer_view(self.job, asset)
@@ -148,26 +151,26 @@ class Optimizer:
         tiles = [tile for group in groups.values() for tile in group]  # rows of a method's batch have one shape
         for group in groups.values():
             for start in range(0, len(group), self.batch_size):
-                self._protect_tiles(group[start : start + self.batch_size])
+                self._protect_tiles(group[start : start + self.batch_size], rung)
         for asset in assets:
             own = [tile for tile in tiles if tile.asset is asset]
             if asset.failure is None:
                 _join(asset, own)
 
-    def _protect_tiles(self, tiles: Sequence[_Tile]) -> None:
+    def _protect_tiles(self, tiles: Sequence[_Tile], rung: int) -> None:
         """Protects tiles of one shape. A batch that fails is halved until the tile at fault stands alone."""
         try:
-            result = self.protector.protect(
+            result = self.protectors[rung].protect(
                 _tensor([tile.pixels for tile in tiles]),
                 prompts=self._prompts(len(tiles)),
                 seeds=[tile.seed for tile in tiles],
             )
         except Exception as error:  # noqa: BLE001 - whatever a method raises must not take the other images down
-            _exit_on_device_fault(error)
+            exit_on_device_fault(error)
             if len(tiles) > 1:
                 middle = len(tiles) // 2
-                self._protect_tiles(tiles[:middle])
-                self._protect_tiles(tiles[middle:])
+                self._protect_tiles(tiles[:middle], rung)
+                self._protect_tiles(tiles[middle:], rung)
             else:
                 self._count_out_of_memory(error)
                 tiles[0].asset.failure = ErrorInfo.of(error, "protect")
@@ -233,7 +236,7 @@ def _tensor(images: Sequence[npt.NDArray[np.uint8]]) -> torch.Tensor:
     return stacked.permute(0, 3, 1, 2).float().div(255)
 
 
-def _exit_on_device_fault(error: Exception) -> None:
+def exit_on_device_fault(error: Exception) -> None:
     """Ends the process on a CUDA fault: every later image would fail in it too. Ray starts a new worker."""
     if isinstance(error, torch.cuda.OutOfMemoryError):
         torch.cuda.empty_cache()

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from pipeline.decode import decode, model_view
 from pipeline.encode import measure
@@ -23,12 +24,18 @@ from pipeline.readers import read_units
 from pipeline.scale import to_training_scale
 from pipeline.storage import Store, get_json, in_parallel, put_json_new
 from pipeline.units import group_units
-from pipeline.verify.purify import PURIFIERS
+from pipeline.verify.attack_models import AttackModels
+from pipeline.verify.purifiers import PURIFIERS
 from pipeline.verify.sample import choose_sample
 from pipeline.worker import Optimizer
 
 UNPURIFIED = "none"
+NO_MODELS = AttackModels({})
 AT_TRAINING_SCALE = "@training-scale"
+
+
+Pair = tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]
+"""The clean and the protected image, uint8 (h, w, 3)."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -39,8 +46,9 @@ class CheckedAsset:
     seed: int
     # Names the stored bytes that were measured.
     protected_sha256: str
-    # By purifier: the clean and the protected image at training scale, uint8 (h, w, 3).
-    cells: dict[str, tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]]
+    # By purifier: the clean and the protected image at training scale, uint8 (h, w, 3). Purifiers that need a model
+    # are not in here: they run where the optimizer is.
+    cells: dict[str, Pair]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -49,19 +57,25 @@ class Check:
 
     shard_id: str
     unit_id: str
+    rung: int
     assets: list[CheckedAsset]
 
     @property
     def key(self) -> str:
         """Where its result goes."""
-        return f"checks/{self.shard_id}/{self.unit_id}.json"
+        return f"{checks_of(self.shard_id, self.rung)}{self.unit_id}.json"
+
+
+def checks_of(shard_id: str, rung: int) -> str:
+    """The prefix under which the results of a shard on one rung lie."""
+    return f"checks/{shard_id}/{rung:02d}/"
 
 
 def sampled_rows(job: Job, shard: Shard) -> dict[str, dict[int, str]]:
     """The sample of a shard: rows and their asset ids, by unit. Reads two columns of every part."""
     destination = job.destination()
     places: dict[str, tuple[str, int]] = {}
-    for unit in unit_ids(load_index(destination, shard), job.config_fp):
+    for unit in unit_ids(load_index(destination, shard), job.config_fp, shard.rung):
         table = read_part(destination, f"parts/{shard.shard_id}/{unit}.parquet", ["row", "asset_id", "status"])
         for row in table.to_pylist():
             if row["status"] == "protected":
@@ -83,10 +97,10 @@ def prepare_checks(job: Job, shard: Shard) -> Iterator[Check]:
     """
     destination, source = job.destination(), job.source()
     index = load_index(destination, shard)
-    ranges = unit_ids(index, job.config_fp)
-    done = {item.key for item in destination.list(f"checks/{shard.shard_id}/")}
+    ranges = unit_ids(index, job.config_fp, shard.rung)
+    done = {item.key for item in destination.list(checks_of(shard.shard_id, shard.rung))}
     sample = sampled_rows(job, shard)
-    checks = {ranges[unit]: Check(shard_id=shard.shard_id, unit_id=unit, assets=[]) for unit in sample}
+    checks = {ranges[unit]: Check(shard_id=shard.shard_id, unit_id=unit, rung=shard.rung, assets=[]) for unit in sample}
     todo = sorted(rows for rows, check in checks.items() if check.key not in done)
     for group in group_units(todo, index.row_groups):
         for rows, originals in zip(group, read_units(source, index, group), strict=True):
@@ -95,11 +109,11 @@ def prepare_checks(job: Job, shard: Shard) -> Iterator[Check]:
             stored = {row["row"]: row for row in part.to_pylist()}
             for asset in originals.assets:
                 if asset.row in sample[check.unit_id]:
-                    check.assets.append(_cells(job, asset.data or b"", stored[asset.row]))
+                    check.assets.append(_cells(job, asset.data or b"", stored[asset.row], shard.rung))
             yield check
 
 
-def _cells(job: Job, original: bytes, row: dict[str, Any]) -> CheckedAsset:
+def _cells(job: Job, original: bytes, row: dict[str, Any], rung: int) -> CheckedAsset:
     data = row["image"]["bytes"]
     mismatch = IntegrityError(f"{row['asset_id']}: the stored image does not match its row in unit {row['unit_id']}")
     if sha256_hex(data) != row["protected_sha256"]:
@@ -108,28 +122,41 @@ def _cells(job: Job, original: bytes, row: dict[str, Any]) -> CheckedAsset:
     measured = measure(data, clean, job.limits)
     if measured.pixel_sha256 != row["pixel_sha256"]:
         raise mismatch
-    if row["format"] != "JPEG" and measured.linf_levels > math.floor(job.eps_levels):
+    if row["format"] != "JPEG" and measured.linf_levels > math.floor(job.eps_levels(rung)):
         raise IntegrityError(f"{row['asset_id']}: the stored image is {measured.linf_levels} levels off")
     pair = (model_view(clean), model_view(decode(data, limits=job.limits)))
     # What an attacker's trainer makes of an image, whatever the resolution policy.
     small = (to_training_scale(pair[0], job.base_size), to_training_scale(pair[1], job.base_size))
     cells = {UNPURIFIED: small}
-    for name, purify in PURIFIERS.items():
-        # The attacker may purify the file, or what the trainer sees; on a large image the first does little.
-        full = (purify(pair[0]), purify(pair[1]))
-        cells[name] = (to_training_scale(full[0], job.base_size), to_training_scale(full[1], job.base_size))
-        cells[name + AT_TRAINING_SCALE] = (purify(small[0]), purify(small[1]))
+    for name in job.config.job.check.purifiers:
+        if PURIFIERS[name].needs is None:
+            # The attacker may purify the file, or what the trainer sees; on a large image the first does little.
+            full = _purified(name, pair, row["seed"], NO_MODELS)
+            cells[name] = (to_training_scale(full[0], job.base_size), to_training_scale(full[1], job.base_size))
+            cells[name + AT_TRAINING_SCALE] = _purified(name, small, row["seed"], NO_MODELS)
     return CheckedAsset(row=row["row"], seed=row["seed"], protected_sha256=row["protected_sha256"], cells=cells)
 
 
-def measure_check(optimizer: Optimizer, check: Check) -> dict[str, Any]:
+def _purified(name: str, pair: Pair, seed: int, models: AttackModels) -> Pair:
+    """Both images after a purifier that draws the same random numbers for either."""
+    images = [torch.from_numpy(image.copy()).permute(2, 0, 1)[None] for image in pair]
+    clean, protected = (PURIFIERS[name].purify(image, seeds=[seed], models=models) for image in images)
+    return clean[0].permute(1, 2, 0).numpy(), protected[0].permute(1, 2, 0).numpy()
+
+
+def measure_check(optimizer: Optimizer, check: Check, models: AttackModels) -> dict[str, Any]:
     """The result of one check, as it is stored: the objective of every cell, by row and purifier."""
     rows: dict[str, Any] = {}
+    wanted = optimizer.job.config.job.check.purifiers
     for asset in check.assets:
-        clean = asset.cells[UNPURIFIED][0]
-        images = [clean, *(image for pair in asset.cells.values() for image in pair)]
-        values = optimizer.objective(images, asset.seed)[1:]
-        pairs = {name: [values[2 * i], values[2 * i + 1]] for i, name in enumerate(asset.cells)}
+        small = asset.cells[UNPURIFIED]
+        modelled = [name for name in wanted if PURIFIERS[name].needs is not None]
+        cells = asset.cells | {
+            name + AT_TRAINING_SCALE: _purified(name, small, asset.seed, models) for name in modelled
+        }
+        images = [small[0], *(image for pair in cells.values() for image in pair)]
+        values = optimizer.objective(images, asset.seed, check.rung)[1:]
+        pairs = {name: [values[2 * i], values[2 * i + 1]] for i, name in enumerate(cells)}
         rows[str(asset.row)] = {"protected_sha256": asset.protected_sha256, "objective": pairs}
     return {"shard_id": check.shard_id, "unit_id": check.unit_id, "rows": rows}
 
@@ -152,7 +179,7 @@ class StoredCheck:
 
 def stored_checks(destination: Store, shard: Shard) -> dict[int, StoredCheck]:
     """Every stored check of the shard, by row."""
-    keys = [item.key for item in destination.list(f"checks/{shard.shard_id}/")]
+    keys = [item.key for item in destination.list(checks_of(shard.shard_id, shard.rung))]
     found: dict[int, StoredCheck] = {}
     for key, document in zip(keys, in_parallel(partial(get_json, destination), keys), strict=True):
         for row, entry in document["rows"].items():

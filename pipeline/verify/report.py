@@ -13,7 +13,6 @@ from pipeline.manifest import Manifest
 from pipeline.plan import Shard
 from pipeline.storage import Store, get_json, json_bytes
 from pipeline.verify.check import stored_checks
-from pipeline.verify.purify import PURIFIERS
 from pipeline.verify.statistics import CONFIDENCE, RESAMPLES, Survival, survival
 
 SCHEMA_VERSION = 1
@@ -41,7 +40,7 @@ def write_verification(job: Job, shards: Sequence[Shard], manifests: Sequence[Ma
         "run_id": job.run_id,
         "config_fingerprint": job.config_fp,
         "protector": job.config.job.method.name,
-        "protector_config": job.protector_config,
+        "ladder": list(job.ladder),
         "model_digest": job.model_digest,
         "code_version": code_version(),
         "measure": (
@@ -50,7 +49,7 @@ def write_verification(job: Job, shards: Sequence[Shard], manifests: Sequence[Ma
             "purified at full size, or at the model's training scale where the name says so"
         ),
         "interval": {"kind": "percentile bootstrap over images", "confidence": CONFIDENCE, "resamples": RESAMPLES},
-        "purifiers": sorted(PURIFIERS),
+        "purifiers": sorted(job.config.job.check.purifiers),
         "training_scale": job.base_size,
         "sampled": len(everything),
         "survival": [asdict(item) for item in total],

@@ -16,6 +16,7 @@ from pipeline.job import Job
 from pipeline.manifest import Manifest, read_commits
 from pipeline.plan import Plan, Shard, plan_columns
 from pipeline.run import open_units, prepare, publish
+from pipeline.verify.attack_models import AttackModels
 from pipeline.verify.check import measure_check, prepare_checks, store_check
 from pipeline.worker import Optimizer, Receipt, load_units, store_unit
 
@@ -50,7 +51,7 @@ def protect_shard(job: Job, shard: Shard, optimizer: Optimizer | None = None) ->
 def check_shard(job: Job, shard: Shard) -> None:
     optimizer = Optimizer(job, "cpu")
     for check in prepare_checks(job, shard):
-        store_check(job, check.key, measure_check(optimizer, check))
+        store_check(job, check.key, measure_check(optimizer, check, AttackModels()))
 
 
 def ready(config: JobConfig) -> tuple[Job, Plan]:

@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 from pipeline import finalize as finalize_module
+from pipeline.config import CheckSettings
 from pipeline.errors import IntegrityError, SourceChanged
 from pipeline.ids import sha256_hex
 from pipeline.job import Job
@@ -26,7 +27,6 @@ from pipeline.plan import Plan, load_index, make_plan, publish_plan, unit_ids
 from pipeline.run import prepare, publish
 from pipeline.schema import QUARANTINED
 from pipeline.storage_local import LocalStore
-from pipeline.verify.purify import PURIFIERS
 from tests.pipeline.archives import flip, photo, photos, write_folder, write_parquet, write_tar
 from tests.pipeline.local_job import (
     check_shard,
@@ -41,7 +41,8 @@ from tests.pipeline.local_job import (
 )
 
 Ready = tuple[Job, Plan]
-MEASURED = {"none", *PURIFIERS, *(f"{name}@training-scale" for name in PURIFIERS)}
+PLAIN = CheckSettings().purifiers
+MEASURED = {"none", *PLAIN, *(f"{name}@training-scale" for name in PLAIN)}
 
 
 def folder_job(tmp_path: Path, files: dict[str, bytes], **sections: Any) -> Ready:
@@ -52,7 +53,7 @@ def folder_job(tmp_path: Path, files: dict[str, bytes], **sections: Any) -> Read
 def part_keys(job: Job, plan: Plan) -> list[str]:
     """Keys of the first shard's parts, in row order."""
     shard = plan.shards[0]
-    units = unit_ids(load_index(job.destination(), shard), job.config_fp)
+    units = unit_ids(load_index(job.destination(), shard), job.config_fp, shard.rung)
     return [f"parts/{shard.shard_id}/{unit}.parquet" for unit in units]
 
 
@@ -121,7 +122,7 @@ def test_a_shard_that_is_quarantined_whole(tmp_path: Path) -> None:
     assert manifest.data is None
     assert manifest.quarantine is not None
     assert (manifest.rows_ok, manifest.rows_quarantined) == (0, 2)
-    assert manifest.verify == {"sampled": 0, "survival": []}
+    assert manifest.verify == {"sampled": 0, "survival": [], "customization": [], "gate": []}
 
 
 CUSTOMER: dict[str, pa.Array] = {

@@ -24,7 +24,7 @@ def config(**sections: Any) -> JobConfig:
 def test_resolved() -> None:
     job = resolve(config(method={"preset": "strong"}))
     assert job.config_fp == fingerprint(job.fields)
-    assert (job.eps_levels, job.model_digest, job.protector_version) == (16.0, "none", "1")
+    assert (job.eps_levels(0), job.model_digest, job.protector_version) == (16.0, "none", "1")
     assert pickle.loads(pickle.dumps(job)) == job
 
 

@@ -87,8 +87,8 @@ def test_all_kinds(bench: Bench) -> None:
     assert plan_columns(plan, plan.shards[0]).names == ["n", "txt"]
     index = load_index(bench.store, plan.shards[0])
     assert index == plan.indexes[plan.shards[0].shard_id]
-    assert list(unit_ids(index, "fp").values()) == index.units
-    assert unit_ids(index, "fp").keys().isdisjoint(unit_ids(index, "fp", rung=1))
+    assert list(unit_ids(index, "fp", 0).values()) == index.units
+    assert unit_ids(index, "fp", 0).keys().isdisjoint(unit_ids(index, "fp", 1))
 
 
 def test_an_unchanged_source_is_planned_once(bench: Bench) -> None:

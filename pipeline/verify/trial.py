@@ -1,0 +1,190 @@
+"""One customization of the four-cell control: train on a group's images in one cell, draw, compare with the others."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from pipeline.ids import sha256_hex
+from pipeline.verify.attack_models import AttackModels, ModelKind
+from pipeline.verify.customizers import customizer
+from pipeline.verify.customizers.base import PHOTO, PriorImages, sample
+from pipeline.verify.embed import Embedder
+from pipeline.verify.purifiers import PURIFIERS
+from pipeline.verify.scores import NO_PURIFIER, Cell, Score
+from pipeline.worker import exit_on_device_fault
+
+Pixels = npt.NDArray[np.uint8]
+GENERATED = 8  # images per customization; their mean is one value of the table
+METRIC = "subject similarity"
+_PROTECTED = (Cell.PROTECTED, Cell.PURIFIED_PROTECTED)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attack:
+    """How models are customized, and how the result is judged."""
+
+    customizer: str = "dreambooth"
+    preset: str = "quick"
+    # Checkpoints of the attacker, by kind: folder, hub id or the name of an embedded model.
+    models: Mapping[ModelKind, str]
+    # Side in pixels of the images that the latent model is customized on.
+    side: int
+    generated: int = GENERATED
+    # Of all random draws; every group has its own that follow from it.
+    seed: int = 0
+
+
+@dataclass(slots=True, kw_only=True)
+class Trial:
+    """One cell of one group. Holds pixels: it travels to the actor that runs it."""
+
+    key: str
+    group: str
+    class_word: str
+    cell: Cell
+    purifier: str
+    # Of the cell's side, clean or protected; squares at the model's size, uint8 (S, S, 3).
+    train: list[Pixels]
+    # Clean images of the group that the attacker does not have.
+    references: list[Pixels]
+
+
+@dataclass(slots=True, kw_only=True)
+class TrialResult:
+    """Scores of one trial, and the pictures behind them."""
+
+    key: str
+    scores: list[Score]
+    # PNG of what the attacker trained on and of what he drew. Never stored with the results: they show the subject.
+    pictures: dict[str, bytes] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """What is stored."""
+        return {"scores": [score.to_dict() for score in self.scores]}
+
+
+def scores_from_json(document: Mapping[str, Any]) -> list[Score]:
+    """The scores of a stored result."""
+    return [Score(**entry | {"cell": Cell(entry["cell"])}) for entry in document["scores"]]
+
+
+def cells_of(purifiers: Sequence[str]) -> list[tuple[Cell, str]]:
+    """All cells that are customized, "floor" among them, which trains on nothing."""
+    pairs = [(cell, name) for name in purifiers for cell in (Cell.PURIFIED, Cell.PURIFIED_PROTECTED)]
+    return [(cell, NO_PURIFIER) for cell in (Cell.FLOOR, Cell.CLEAN, Cell.PROTECTED)] + pairs
+
+
+def needs_protected(cell: Cell) -> bool:
+    """Whether the attacker trains on protected images in this cell."""
+    return cell in _PROTECTED
+
+
+def square(pixels: Pixels, side: int) -> Pixels:
+    """The centre of an image at the model's size, as trainers crop it: uint8 (side, side, 3), bicubic."""
+    return np.asarray(ImageOps.fit(Image.fromarray(pixels), (side, side), Image.Resampling.BICUBIC))
+
+
+class TrialBench:
+    """Holds the attacker's models and runs trials. One per actor."""
+
+    def __init__(self, attack: Attack, *, device: str = "cpu") -> None:
+        self.attack = attack
+        self.models = AttackModels(attack.models, device=device)
+        self.customizer = customizer(attack.customizer, attack.preset)
+        self.embedder = Embedder(device=device)
+        self._priors = PriorImages(self.models.get(ModelKind.LATENT))
+
+    def run(self, trial: Trial) -> TrialResult:
+        """Runs one trial; an attack that fails gives scores of state "error", never a number.
+
+        All cells of a group share prompt, seeds and class images, so that they differ in the images alone.
+        """
+        seed = int.from_bytes(hashlib.sha256(f"{self.attack.seed}/{trial.group}".encode()).digest()[:4], "big")
+        try:
+            return self._floor(trial, seed) if trial.cell is Cell.FLOOR else self._customized(trial, seed)
+        except Exception as error:  # noqa: BLE001 - whatever an attack raises is a failed measurement, not a failed run
+            exit_on_device_fault(error)
+            reason = f"{type(error).__name__}: {error}"
+            failed = [self._score(trial, trial.cell, f"{n}", error=reason) for n in range(self.attack.generated)]
+            return TrialResult(key=trial.key, scores=failed)
+
+    def _customized(self, trial: Trial, seed: int) -> TrialResult:
+        train = purified(trial, self.models, seed)
+        customized = self.customizer.customize(
+            self._priors.base, _unit_range(train), trial.class_word, seed=seed, priors=self._priors
+        )
+        return self._result(trial, train, self._drawn(customized.pipeline, customized.subject, seed))
+
+    def _floor(self, trial: Trial, seed: int) -> TrialResult:
+        """What the attacker's model draws of the class before it knows the subject; and the ceiling beside it."""
+        train = torch.stack([_tensor(image) for image in trial.train])
+        result = self._result(trial, train, self._drawn(self._priors.base, trial.class_word, seed))
+        real = self._similarity(_unit_range(train), trial)
+        result.scores += [self._score(trial, Cell.CEILING, f"photo {n}", value) for n, value in enumerate(real)]
+        return result
+
+    def _drawn(self, pipeline: Any, subject: str, seed: int) -> Tensor:
+        sampling = self.customizer.sampling
+        return sample(pipeline, PHOTO.format(subject), self.attack.generated, seed=seed, sampling=sampling)
+
+    def _result(self, trial: Trial, train: Tensor, drawn: Tensor) -> TrialResult:
+        values = self._similarity(drawn, trial)
+        scores = [self._score(trial, trial.cell, f"{n}", value) for n, value in enumerate(values)]
+        pictures = {"train": _sheet(train), "drawn": _sheet((drawn * 255).round().to(torch.uint8)[:4])}
+        return TrialResult(key=trial.key, scores=scores, pictures=pictures)
+
+    def _similarity(self, images: Tensor, trial: Trial) -> list[float]:
+        """Mean cosine of each image to the references."""
+        references = self.embedder.embed(_unit_range(torch.stack([_tensor(image) for image in trial.references])))
+        values: list[float] = (self.embedder.embed(images) @ references.T).mean(dim=1).tolist()
+        return values
+
+    def _score(
+        self, trial: Trial, cell: Cell, image: str, value: float | None = None, error: str | None = None
+    ) -> Score:
+        return Score(
+            attack=self.attack.customizer,
+            metric=METRIC,
+            unit=trial.group,
+            cell=cell,
+            purifier=trial.purifier if cell is trial.cell else NO_PURIFIER,
+            image=image,
+            prompt=PHOTO,
+            value=value,
+            error=error,
+        )
+
+
+def purified(trial: Trial, models: AttackModels, seed: int) -> Tensor:
+    """The images that the attacker trains on, uint8 `(N, 3, S, S)`; equal draws on both sides of a cell."""
+    images = torch.stack([_tensor(image) for image in trial.train])
+    if trial.purifier == NO_PURIFIER:
+        return images
+    seeds = [int(sha256_hex(f"{seed}/{trial.purifier}/{number}")[:8], 16) for number in range(len(images))]
+    return PURIFIERS[trial.purifier].purify(images, seeds=seeds, models=models)
+
+
+def _tensor(pixels: Pixels) -> Tensor:
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
+
+
+def _unit_range(images: Tensor) -> Tensor:
+    return images.float() / 255
+
+
+def _sheet(images: Tensor) -> bytes:
+    """The images side by side, as PNG."""
+    row = torch.cat(list(images), dim=2).permute(1, 2, 0).numpy()
+    file = io.BytesIO()
+    Image.fromarray(row).save(file, "PNG")
+    return file.getvalue()
