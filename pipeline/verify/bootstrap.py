@@ -6,7 +6,7 @@ Efron and Tibshirani, "An Introduction to the Bootstrap" (1993): percentile inte
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,17 +117,39 @@ def figures_with_intervals(sample: Sample, statistic: Statistic, plan: Plan) -> 
     resampled = replicates(sample, statistic, plan)
     jackknife: Mapping[str, Floats] = {}
     if sample.units >= BCA_UNITS:
-        jackknife = statistic(np.stack([np.delete(sample.means, unit, axis=0) for unit in range(sample.units)]))
+        jackknife = _joined(statistic(part) for part in _left_out(sample))
     return {name: _interval(value, resampled[name], jackknife.get(name)) for name, value in point.items()}
 
 
 def replicates(sample: Sample, statistic: Statistic, plan: Plan) -> dict[str, Floats]:
     """The statistic of every resample; each figure `(resamples,)`."""
     random = np.random.default_rng(plan.seed)
+    return _joined(statistic(sample.drawn(random, len(part))) for part in _portions(plan.resamples, sample))
+
+
+def ratio(above: Floats, below: Floats) -> Floats:
+    """A share, for statistics; not a number where there is nothing to be a share of."""
+    share: Floats = np.full_like(above, np.nan)
+    np.divide(above, below, out=share, where=below > 0)
+    return share
+
+
+def _left_out(sample: Sample) -> Iterator[Floats]:
+    """The sample without each of its units, `(portion, units - 1, columns)` at a time."""
+    means = sample.means
+    for part in _portions(sample.units, sample):
+        yield np.stack([np.delete(means, unit, axis=0) for unit in part])
+
+
+def _portions(count: int, sample: Sample) -> Iterator[range]:
+    """0 to count - 1, as many at a time as samples of this size fit into memory."""
     size = max(1, _TOGETHER // sample.padded.size)
-    counts = [min(size, plan.resamples - start) for start in range(0, plan.resamples, size)]
-    parts = [statistic(sample.drawn(random, count)) for count in counts]
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    return (range(start, min(start + size, count)) for start in range(0, count, size))
+
+
+def _joined(parts: Iterable[Mapping[str, Floats]]) -> dict[str, Floats]:
+    found = list(parts)
+    return {name: np.concatenate([part[name] for part in found]) for name in found[0]}
 
 
 def _interval(value: float, resampled: Floats, jackknife: Floats | None) -> Interval:

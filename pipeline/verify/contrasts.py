@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pipeline.verify.bootstrap import Floats, Interval, Plan, figures_with_intervals, sign_flip_p
+from pipeline.verify.bootstrap import Floats, Interval, Plan, figures_with_intervals, ratio, sign_flip_p
 from pipeline.verify.scores import NO_PURIFIER, Arranged, Cell
 from pipeline.verify.tables import FEW_UNITS, Question, Row, State, Summary
 
@@ -123,10 +123,10 @@ class Contrasts:
             figures[f"residual/{name}"] = clean - left
             figures[f"damage/{name}"] = attack - clean
             figures[f"lost/{name}"] = (attack - protected) - (clean - left)
-            figures[f"retention/{name}"] = _ratio(clean - left, attack - protected)
+            figures[f"retention/{name}"] = ratio(clean - left, attack - protected)
             if self._has_floor:
                 figures[f"headroom/{name}"] = clean - mean(Cell.FLOOR, NO_PURIFIER)
-                figures[f"effect/{name}"] = _ratio(clean - left, figures[f"headroom/{name}"])
+                figures[f"effect/{name}"] = ratio(clean - left, figures[f"headroom/{name}"])
         figures["worst mean"] = np.min([figures[f"residual/{name}"] for name in self._counted], axis=0)
         figures["worst unit"] = self._worst_unit(values, Cell.PURIFIED_PROTECTED)
         figures["attacker's loss"] = attack - np.max(
@@ -141,11 +141,5 @@ class Contrasts:
     def _worst_unit(self, values: Floats, other: Cell) -> Floats:
         pairs = [(self._places[Cell.PURIFIED, name], self._places[other, name]) for name in self._counted]
         worst: Floats = np.min([values[..., left] - values[..., right] for left, right in pairs], axis=0)
-        return worst.mean(axis=1)
-
-
-def _ratio(above: Floats, below: Floats) -> Floats:
-    """Not a number where there is nothing to be a share of."""
-    ratio: Floats = np.full_like(above, np.nan)
-    np.divide(above, below, out=ratio, where=below > 0)
-    return ratio
+        mean: Floats = worst.mean(axis=1)
+        return mean

@@ -1,0 +1,113 @@
+"""Identity of faces under one rule: where no face is found, the similarity is zero.
+
+Averaging over detected faces only rewards a protection that leaves just the easy faces; counting a failure of the
+detector as "no face" rewards anything that breaks it. So a miss is 0, and an exception stays an exception.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipeline.verify.metrics.base import GIVEN, Against, Facts, Metric, Reference
+from pipeline.verify.tables import Gate
+
+SANE_DETECTION = 0.95
+"""Share of real photos in which a detector must find the face, or its numbers do not apply."""
+
+
+class FaceDetector(Protocol):
+    """Finds a face."""
+
+    def detect(self, image: Tensor) -> Tensor | None:
+        """The largest face, uint8 `(3, h, w)`, of an image uint8 `(3, H, W)`; None where there is none."""
+
+
+class FaceEmbedder(Protocol):
+    """Describes faces."""
+
+    def embed(self, faces: Tensor) -> Tensor:
+        """Unit vectors `(N, D)` of faces uint8 `(N, 3, h, w)`."""
+
+
+class FaceIdentity(Metric):
+    """Identity score matching over all images, and whether a face was found.
+
+    Args:
+        detector: finds faces; its exceptions pass through.
+        embedder: describes them.
+        weights: sha256 of the weights of both.
+    """
+
+    needs = Reference.PHOTOS
+
+    def __init__(self, detector: FaceDetector, embedder: FaceEmbedder, *, weights: str) -> None:
+        self._detector, self._embedder, self._weights = detector, embedder, weights
+
+    @property
+    def facts(self) -> Sequence[Facts]:
+        """Similarity and detection."""
+        how = "max(0, cosine) of the largest face to the mean of the photos' faces; 0 where no face is found"
+        return (
+            Facts(name="ism_all", better="down", how=how, weights=self._weights, licence=GIVEN),
+            Facts(name="face_found", better="down", how="1 or 0", weights=self._weights, licence=GIVEN),
+        )
+
+    def _score(self, images: Tensor, against: Against) -> dict[str, list[float]]:
+        if against.photos is None:
+            raise ValueError("ism_all needs photos")
+        known = [vector for photo in against.photos if (vector := self._describe(photo)) is not None]
+        if not known:
+            raise RuntimeError("no face found in any photo of the subject: face metrics do not apply")
+        mean = F.normalize(torch.stack(known).mean(dim=0), dim=0)
+        vectors = [self._describe(image) for image in images]
+        return {
+            "ism_all": [0.0 if vector is None else max(0.0, float(vector @ mean)) for vector in vectors],
+            "face_found": [float(vector is not None) for vector in vectors],
+        }
+
+    def _describe(self, image: Tensor) -> Tensor | None:
+        face = self._detector.detect(image)
+        return None if face is None else self._embedder.embed(face[None])[0]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FaceFigures:
+    """The three numbers that are always printed together."""
+
+    # Share of images without a face (FDFR).
+    not_found: float
+    # Mean similarity where a face was found; None where none was.
+    detected: float | None
+    # Over all images: detection rate times `detected`.
+    overall: float
+
+
+def face_figures(similarities: Sequence[float], found: Sequence[float]) -> FaceFigures:
+    """Sums up one cell's `ism_all` and `face_found`.
+
+    Raises:
+        ValueError: no images, or not one of each per image.
+    """
+    if not similarities or len(similarities) != len(found):
+        raise ValueError(f"{len(similarities)} similarities and {len(found)} detections: give one of each per image")
+    faces = sum(found)
+    return FaceFigures(
+        not_found=1 - faces / len(found),
+        detected=sum(similarities) / faces if faces else None,
+        overall=sum(similarities) / len(similarities),
+    )
+
+
+def detector_gate(found_in_photos: Sequence[float]) -> Gate:
+    """Whether the detector finds the faces of real photos; without photos it could not be checked."""
+    if not found_in_photos:
+        return Gate(name="face detector", passed=None, detail="no real photos")
+    share = sum(found_in_photos) / len(found_in_photos)
+    detail = f"finds a face in {share:.1%} of {len(found_in_photos)} real photos"
+    return Gate(name="face detector", passed=share >= SANE_DETECTION, detail=detail)
