@@ -101,8 +101,11 @@ class PDMPure(Purifier):
 
     def _purify(self, images: Tensor, generators: Sequence[torch.Generator], models: AttackModels) -> Tensor:
         from diffusers import IFImg2ImgSuperResolutionPipeline
+        from diffusers.models.attention_processor import AttnAddedKVProcessor2_0
 
         cascade, upscaler = models.get(ModelKind.CASCADE), models.get(ModelKind.UPSCALER)
+        # The loader sets processors of plain attention, which would leave this UNet's keys and values of the text out.
+        cascade.unet.set_attn_processor(AttnAddedKVProcessor2_0())
         small = shrink_to(images, int(cascade.unet.config.sample_size))
         padded = pad_to_multiple(small, _unet_stride(cascade)) * 2 - 1
         pipeline = IFImg2ImgSuperResolutionPipeline(
