@@ -40,7 +40,7 @@ class Expected:
     unet: tuple[str, ...] = ()
     text_encoder: tuple[str, ...] = ()
     new_rows: int = 0
-    # Learning rate at which 20 updates tell on the tiny model.
+    # Learning rate at which 15 updates tell on the tiny model.
     rate: float = 3e-3
 
 
@@ -209,7 +209,7 @@ def test_variants_change_what_they_name(attack: Customizer, expected: Expected, 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", NAMES)
 def test_training_lowers_the_loss_on_the_subject(name: str, kind: str, models: dict[str, Any]) -> None:
-    attack = small(customizer(name, "quick"), steps=20, rate=EXPECTED[name].rate)
+    attack = small(customizer(name, "quick"), steps=15, rate=EXPECTED[name].rate)
     trained = attack.customize(models[kind], photos(1), "x", seed=0)
     start = small(attack, steps=1, rate=0.0).customize(models[kind], photos(1), "x", seed=0)
     prompt = PHOTO.format(trained.subject)
@@ -253,7 +253,7 @@ def test_cells_share_class_images(model: Any, monkeypatch: pytest.MonkeyPatch) -
 
 def test_prior_preservation_keeps_the_class(model: Any) -> None:
     """With all weight on class images the subject is not learned; with none the class is forgotten."""
-    attack = small(customizer("dreambooth", "quick"), steps=15, rate=3e-3)
+    attack = small(customizer("dreambooth", "quick"), steps=8, rate=3e-3)
     heavy, none = (replace(attack, prior_weight=weight) for weight in (100.0, 0.0))  # type: ignore[call-arg]
     subject = PHOTO.format("sks x")
     losses = [loss(one.customize(model, photos(1), "x", seed=0).pipeline, subject) for one in (heavy, none)]
@@ -286,8 +286,8 @@ def test_scaled_photos_train_where_they_are_and_say_so(model: Any, monkeypatch: 
     attack.customize(model, torch.ones(2, 3, SIZE, SIZE), "x", seed=0)
     ((views, prompts, valid),) = seen
     assert len(views) == len(prompts) == len(valid) == 2 * 2 * 8  # photos, mirror images, views
-    white = (views == 1).all(dim=1, keepdim=True).float()
-    assert bool(((views == 0.5) | (views == 1)).all())
+    white = (views > 0.75).all(dim=1, keepdim=True).float()
+    assert torch.allclose(views, 0.5 + white.expand_as(views) / 2, atol=1e-5)
     assert torch.equal(valid, (torch.nn.functional.avg_pool2d(white, 2) == 1).float())
     sides = white.mean(dim=(1, 2, 3)).sqrt()
     assert 0.39 < float(sides.min()) < 0.5
