@@ -35,8 +35,10 @@ def test_noise_alone_leaves_zero_inside_as_often_as_promised() -> None:
 
 
 @pytest.mark.parametrize(("units", "method"), [(12, "percentile"), (40, "BCa")])
-def test_intervals_agree_with_scipys(units: int, method: str) -> None:
-    values = np.random.default_rng(1).exponential(size=units)
+@pytest.mark.parametrize("decimals", [6, 0])
+def test_intervals_agree_with_scipys(units: int, method: str, decimals: int) -> None:
+    """Also on whole numbers, where many resamples tie."""
+    values = np.random.default_rng(1).exponential(size=units).round(decimals)
     ours = figures_with_intervals(Sample.of_units(values[:, None]), mean_of_first, Plan())["mean"]
     theirs = stats.bootstrap((values,), np.mean, n_resamples=10_000, method=method, rng=np.random.default_rng(0))
     # The same seed draws the same resamples; only the quantiles are read in another way.
