@@ -46,18 +46,18 @@ class Purifier(ABC):
             models: the attacker's checkpoints.
 
         Returns:
-            uint8 of the same shape; floats between inner iterations, rounded once at the end.
+            uint8 of the same shape, on the CPU; floats between inner iterations, rounded once at the end.
 
         Raises:
-            ValueError: the images are not uint8 `(B, 3, H, W)`, or the number of seeds differs.
+            ValueError: the images are not uint8 `(B, 3, H, W)`, or there are none, or the number of seeds differs.
             ModelMissing: the checkpoint it needs was not given.
         """
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or not images.numel():
             raise ValueError(f"images must be uint8 (B, 3, H, W), not {images.dtype} {tuple(images.shape)}")
         if len(seeds) != len(images):
             raise ValueError(f"{len(images)} images and {len(seeds)} seeds: give one per image")
         with torch.no_grad():
-            purified = self._purify(images.float() / 255, streams(seeds, f"purify/{self!r}"), models)
+            purified = self._purify(images.cpu().float() / 255, streams(seeds, f"purify/{self!r}"), models)
         if purified.shape != images.shape or not bool(purified.isfinite().all()):
             raise RuntimeError(f"{type(self).__name__} broke its contract: shape {tuple(purified.shape)} or not finite")
         return (purified.clamp(0, 1) * 255).round().to(torch.uint8).cpu()

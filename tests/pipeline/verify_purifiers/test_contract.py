@@ -144,6 +144,8 @@ def test_wrong_images_and_seeds_are_refused() -> None:
     jpeg, nothing = PURIFIERS["jpeg75"], AttackModels({})
     with pytest.raises(ValueError, match="must be uint8"):
         jpeg.purify(torch.zeros(1, 3, 8, 8), seeds=[0], models=nothing)
+    with pytest.raises(ValueError, match="must be uint8"):
+        jpeg.purify(pictures(8, 8)[:0], seeds=[], models=nothing)
     with pytest.raises(ValueError, match="2 images and 1 seeds"):
         jpeg.purify(pictures(8, 8), seeds=[0], models=nothing)
 
