@@ -19,7 +19,7 @@ def diffuse_and_denoise(
 
     x_t = sqrt(abar_t) x + sqrt(1 - abar_t) n, then the reverse steps of Ho et al. 2020 (Algorithm 2) with the
     checkpoint's variance, the estimate of x_0 clipped to [-1, 1] and no noise in the last step
-    (Nie et al. 2022, arXiv 2205.07460, section 3.1). Timesteps are counted from 1, as in the papers: diffusers' index
+    (Nie et al. 2022, arXiv 2205.07460). Timesteps are counted from 1, as in the papers: diffusers' index
     of the noise level is t - 1, and t calls of the UNet lead back.
 
     Args:

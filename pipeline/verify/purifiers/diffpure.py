@@ -19,7 +19,7 @@ from pipeline.verify.purifiers.geometry import cut, join, pad_reflect, resize, s
 class DiffPure(Purifier):
     """Adds the noise of t timesteps at a pixel model's own size and denoises (DiffPure).
 
-    Diffusion Models for Adversarial Purification, https://arxiv.org/abs/2205.07460, section 3.1, in its DDPM form.
+    Diffusion Models for Adversarial Purification, https://arxiv.org/abs/2205.07460, in its DDPM form.
 
     Works at: the shorter side brought down to the model's side, then tiles of that side at half a side's stride,
     averaged where they overlap; back to full size in the end. Smaller images are mirrored, not enlarged.

@@ -74,7 +74,7 @@ def tile_pieces(height: int, width: int, side: int, *, corners: bool) -> list[Pi
         height: Rows of the image, at least `side`.
         width: Columns of the image, at least `side`.
         side: Of a tile.
-        corners: One more tile is made of the image's four corners, each a quarter of it (GrIDPure, section 3.3), so
+        corners: One more tile is made of the image's four corners, each a quarter of it (GrIDPure), so
             that no pixel lies in one tile only.
 
     Returns:

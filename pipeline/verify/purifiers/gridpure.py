@@ -20,7 +20,7 @@ class GrIDPure(Purifier):
     """Repeats a weak DiffPure on overlapping tiles of the full-size image (GrIDPure).
 
     Can Protective Perturbation Safeguard Personal Data from Being Exploited by Stable Diffusion?,
-    https://arxiv.org/abs/2312.00084, section 3.3.
+    https://arxiv.org/abs/2312.00084.
 
     Works at: the image's own size, in tiles of the model's side S at stride S / 2, the last flush with the border,
     and one tile of the four corners; each pixel is the mean over its tiles. Images below S are mirrored.

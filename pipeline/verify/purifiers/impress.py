@@ -23,7 +23,7 @@ _SMALLEST_FOR_MULTISCALE = 176
 class ImpressLite(Purifier):
     """Makes an image consistent with its VAE reconstruction, on a structural leash (IMPRESS-lite).
 
-    IMPRESS, https://arxiv.org/abs/2310.19248, equations 3 to 5: Adam minimises
+    IMPRESS, https://arxiv.org/abs/2310.19248: Adam minimises
     mean (D(mu(E(x))) - x)^2 + leash_weight * max(distance(x, given) - leash, 0), x in [-1, 1].
 
     Works at: the image's own size, mirrored to the model's stride; float32.

@@ -37,8 +37,7 @@ class Upscaling:
 class NoisyUpscaling(Purifier):
     """Drowns the perturbation in noise and lets a x4 upscaler paint over it (noisy upscaling).
 
-    Adversarial Perturbations Cannot Reliably Protect Artists From Generative AI, https://arxiv.org/abs/2406.12027,
-    section 4.
+    Adversarial Perturbations Cannot Reliably Protect Artists From Generative AI, https://arxiv.org/abs/2406.12027.
 
     Works at: the image's own size, or a quarter of it with `quarter_first`, in overlapping tiles; the four times larger
     output is brought back to the image's size.
@@ -73,8 +72,7 @@ class NoisyUpscaling(Purifier):
 class PDMPure(Purifier):
     """A little diffusion in the pixel space of DeepFloyd IF, then a x4 upscaler (PDM-Pure).
 
-    Pixel is a Barrier: Diffusion Models Are More Adversarially Robust Than We Think, https://arxiv.org/abs/2404.13320,
-    section 5.
+    Pixel is a Barrier: Diffusion Models Are More Adversarially Robust Than We Think, https://arxiv.org/abs/2404.13320.
 
     Works at: the shorter side brought down to the cascade's side, mirrored to its stride; back to full size in the end.
     Differs from the released code: the image gets the noise of the first timestep of the loop, as diffusers has it,
