@@ -23,7 +23,7 @@ _VIEWS = 8
 
 @dataclass(frozen=True, kw_only=True)
 class CustomDiffusion(Customizer):
-    """Trains keys and values of cross-attention and one new word, with prior preservation (the paper's section 3.2)."""
+    """Trains keys and values of cross-attention and one new word, with prior preservation."""
 
     name: ClassVar[str] = "custom-diffusion"
 
@@ -31,7 +31,7 @@ class CustomDiffusion(Customizer):
     prior_images: int = 200
     # Add mirror images.
     flip: bool = True
-    # Photos are scaled by a factor from this range and the prompt says so (the paper's section 4); (1, 1) leaves them.
+    # Photos are scaled by a factor from this range and the prompt says so, as in the paper; (1, 1) leaves them.
     scales: tuple[float, float] = (0.4, 1.4)
     word: str = "<subject>"
     # The new word starts as the first token of this rare one.

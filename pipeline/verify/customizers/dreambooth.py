@@ -20,7 +20,7 @@ _BLUR_SIGMA = 1.4
 
 @dataclass(frozen=True, kw_only=True)
 class DreamBooth(Customizer):
-    """Trains the whole UNet, and the text encoder if wanted, with prior preservation (the paper's equation 2)."""
+    """Trains the whole UNet, and the text encoder if wanted, with prior preservation."""
 
     name: ClassVar[str] = "dreambooth"
 
@@ -28,7 +28,7 @@ class DreamBooth(Customizer):
     prior_weight: float = 1.0
     prior_images: int = 200
     train_text_encoder: bool = True
-    # Train on blurred photos and their mirror images: weakens perturbations of high frequency (MetaCloak, section 4).
+    # Train on blurred photos and their mirror images: weakens perturbations of high frequency (MetaCloak's evaluation).
     robust: bool = False
     identifier: str = "sks"
 

@@ -15,7 +15,7 @@ from pipeline.verify.customizers.training import fit, own_copy, subject_lesson
 
 @dataclass(frozen=True, kw_only=True)
 class TextualInversion(Customizer):
-    """Trains one new row of the token embedding (the paper's equation 2), started as the class word's first token.
+    """Trains one new row of the token embedding, started as the class word's first token.
 
     A row holds little: it learns much less from four photos than the other attacks, so report its gain on clean
     photos beside every number.
