@@ -26,6 +26,9 @@ class MistConfig(PgdConfig):
     denoising_weight: float = 0.61
     # Width in pixels of one stripe of the target, at any image size.
     stripe: int = 8
+    # Red, green and blue in [0, 1] of a plain target in place of the stripes. Which target harms most depends on the
+    # encoder: the paper searched for its own on Stable Diffusion's.
+    target_rgb: tuple[float, ...] | None = None
     # Text for images that come without one.
     prompt: str = "a photo"
 
@@ -33,6 +36,8 @@ class MistConfig(PgdConfig):
         PgdConfig.check(self)
         require(self.denoising_weight >= 0, "denoising_weight", self.denoising_weight, "use 0 or more")
         require(self.stripe >= 1, "stripe", self.stripe, "use 1 or more (pixels)")
+        rgb = self.target_rgb or (0.0, 0.0, 0.0)
+        require(len(rgb) == 3 and all(0 <= part <= 1 for part in rgb), "target_rgb", rgb, "use three of 0 to 1")
 
 
 class Mist(ImageProtector[MistConfig, DiffusionModel]):
@@ -60,7 +65,7 @@ class Mist(ImageProtector[MistConfig, DiffusionModel]):
     Cost: per step one encoder and one UNet pass, forward and backward: both terms share the encoder's.
 
     Differs from the paper: means instead of sums (see ``MistConfig``); the target is a pattern of diagonal
-        stripes of our own; the whole image is attacked, where the public code crops 512 pixels.
+        stripes of our own, or a plain colour; the whole image is attacked, where the public code crops 512 pixels.
     """
 
     name = "mist"
@@ -117,7 +122,11 @@ class Mist(ImageProtector[MistConfig, DiffusionModel]):
     @torch.no_grad()
     def _target(self, images: Tensor) -> Tensor:
         """Scaled mean latents ``(1, C, h, w)`` of the pattern at the images' size."""
-        pattern = stripes(images.shape[-2], images.shape[-1], self.config.stripe).to(images)
+        height, width = images.shape[-2:]
+        if self.config.target_rgb is None:
+            pattern = stripes(height, width, self.config.stripe).to(images)
+        else:
+            pattern = images.new_tensor(self.config.target_rgb).view(1, 3, 1, 1).expand(1, 3, height, width)
         mean, logvar = self.model.encode_moments(pattern)
         return self.model.latents((mean, logvar), torch.zeros_like(mean))
 

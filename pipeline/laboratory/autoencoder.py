@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,16 +80,53 @@ def fragility(
     ]
 
 
+def decoded_change(
+    vae: Any, images: Tensor, sample: str, attack: EncoderAttack, targets: Mapping[str, Tensor]
+) -> list[Figure]:
+    """How large the change of the decoded picture is, as a multiple of the perturbation that caused it.
+
+    1 and less is an autoencoder that passes perturbations on as they are: nothing can be hidden in an image then.
+
+    Args:
+        images: `(N, 3, S, S)` in [0, 1].
+        sample: what the images are.
+        attack: the encoder attack; its latents move away from the clean ones, or towards a target's.
+        targets: pictures `(1, 3, S, S)` in [0, 1] by name.
+    """
+    pulls: dict[str, Tensor | None] = {"away": None, **targets}
+    found = []
+    for name, target in pulls.items():
+        ratios = []
+        for number, part in enumerate(torch.split(images, 8)):
+            start = _latents(vae, part).detach() if target is None else _latents(vae, target).detach()
+            change = _attacked(vae, part, attack, number, start, away=target is None)
+            with torch.no_grad():
+                stored = to_8bit((part + change).clamp(0, 1))
+                moved = reconstruct(vae, stored) - reconstruct(vae, part)
+            ratios.append(moved.flatten(1).norm(dim=1) / (stored - part).flatten(1).norm(dim=1))
+        values = torch.cat(ratios)
+        low, high = bootstrap_interval(values.tolist())
+        label = "away from the clean latents" if target is None else f"towards {name}"
+        figure = f"decoded change over the perturbation, encoder attack of {attack.levels} levels {label}"
+        found.append(Figure(model=MODEL, name=figure, value=values.mean().item(), low=low, high=high, sample=sample))
+    return found
+
+
 def _attacked_shift(vae: Any, clean: Tensor, attack: EncoderAttack, seed: int) -> Tensor:
-    eps = attack.levels / 255
     before = _latents(vae, clean).detach()
+    return _relative(vae, clean, _attacked(vae, clean, attack, seed, before, away=True), before)
+
+
+def _attacked(vae: Any, clean: Tensor, attack: EncoderAttack, seed: int, latents: Tensor, *, away: bool) -> Tensor:
+    """The perturbation whose latents are furthest from the given ones, or nearest, by projected sign steps."""
+    eps = attack.levels / 255
     change = _uniform(clean, eps, seed)
     for _ in range(attack.steps):
         change.requires_grad_(True)
-        moved = (_latents(vae, (clean + change).clamp(0, 1)) - before).square().sum()
-        (gradient,) = torch.autograd.grad(moved, change)
+        distance = (_latents(vae, (clean + change).clamp(0, 1)) - latents).square().sum()
+        (gradient,) = torch.autograd.grad(distance if away else -distance, change)
         change = (change.detach() + eps / 8 * gradient.sign()).clamp(-eps, eps)
-    return _relative(vae, clean, change, before)
+    return change.detach()
 
 
 def _noise_shift(vae: Any, clean: Tensor, attack: EncoderAttack, seed: int) -> Tensor:

@@ -1,10 +1,10 @@
 """Makes an encoder as easy to mislead as those of large models are.
 
 Small autoencoders trained on small, sharp photos are nearly linear: a perturbation goes through encoder and decoder as
-what it is (measured on nano-sd: the decoded change is 0.9 times the perturbation, however it is chosen), and no
-protection can work on them. The encoders of large models turn small patterns into another picture. Here that
-property is trained in, by adversarial training with the sign reversed. It makes effects possible; how large they are
-on a real model only that model tells.
+what it is, and no protection can work on them. (The decoded change of an early nano-sd was 0.9 times the perturbation,
+however it was chosen; `fixative models evaluate` prints this figure.) The encoders of large models turn small patterns
+into another picture. Here that property is trained in, by adversarial training with the sign reversed. It makes effects
+possible; how large they are on a real model only that model tells.
 """
 
 from collections.abc import Callable

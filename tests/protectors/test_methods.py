@@ -142,3 +142,18 @@ def test_mist_refuses_impossible_values() -> None:
         MistConfig(denoising_weight=-1.0)
     with pytest.raises(ValueError, match="stripe"):
         MistConfig(stripe=0)
+    for wrong in ((0.0, 1.0), (0.0, 1.0, 2.0)):
+        with pytest.raises(ValueError, match="target_rgb"):
+            MistConfig(target_rgb=wrong)
+
+
+def test_mist_goes_to_a_plain_target_if_it_is_told_to(model: DiffusionModel) -> None:
+    images = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    green = torch.tensor([0.0, 1.0, 0.0]).view(1, 3, 1, 1).expand(1, 3, 32, 32)
+    config = MistConfig(steps=20, denoising_weight=0.0, target_rgb=(0.0, 1.0, 0.0), random_start=False)
+    result = Mist(config, model).protect(images, seeds=[1])
+    with torch.no_grad():
+        target, before, after = (
+            model.encode_moments(x)[0] for x in (green, (images * 255).round() / 255, result.images)
+        )
+    assert (after - target).norm() < 0.98 * (before - target).norm()
