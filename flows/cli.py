@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
-from pydantic import ValidationError
 from rich.console import Console
 
-from flows import models, show
-from pipeline.config import JobConfig, S3Settings
+from flows import attack, models, show
+from flows.settings import job_config, overrides_of, settings
+from pipeline.config import JobConfig, S3Settings, VerifyConfig
 from pipeline.errors import PipelineError, UserError
 from pipeline.run import preflight
 
@@ -33,6 +32,7 @@ app = typer.Typer(
     ),
 )
 app.add_typer(models.app, name="models")
+app.add_typer(attack.app, name="attack")
 console = Console()
 errors = Console(stderr=True)
 
@@ -139,7 +139,7 @@ def protect(
         "job.method.name": method,
         "job.method.preset": preset,
         "job.method.eps": eps,
-        "job.method.overrides": _overrides(overrides),
+        "job.method.overrides": overrides_of(overrides),
         "job.method.model": model,
         "job.method.precision": precision,
         "job.method.prompt": prompt,
@@ -204,6 +204,71 @@ def inspect(
 
 
 @app.command()
+def verify(
+    destination: Finished,
+    source: Annotated[str | None, typer.Option("--source", help="The originals. [default: as protected from]")] = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", "-c", help="Settings (YAML: attack, run, limits). Options win over it.")
+    ] = None,
+    groups: Annotated[
+        int | None, typer.Option("--groups", help="Groups of images to customize models on. [default: 10]")
+    ] = None,
+    edited: Annotated[int | None, typer.Option("--edited", help="Images to edit. [default: 4]")] = None,
+    purifier: Annotated[
+        list[str] | None, typer.Option("--purifier", "-p", help="Beside none; repeatable. [default: chain]")
+    ] = None,
+    customizer: Annotated[
+        str | None, typer.Option("--customizer", help="See `fixative attack list`. [default: dreambooth]")
+    ] = None,
+    preset: Annotated[str | None, typer.Option("--preset", help="quick or literature. [default: quick]")] = None,
+    editor: Annotated[
+        list[str] | None, typer.Option("--editor", "-e", help="Repeatable. [default: sdedit-0.5-quick]")
+    ] = None,
+    attack_model: attack.Models = None,
+    subject_column: Annotated[str | None, typer.Option("--subject-column", help="Names each image's subject.")] = None,
+    class_column: Annotated[str | None, typer.Option("--class-column", help='Names its class, e.g. "dog".')] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder of this machine for a page with pictures (they show originals)")
+    ] = None,
+    actors: Annotated[int | None, typer.Option("--actors", help="Attackers. [default: one per GPU or core]")] = None,
+    s3_endpoint: S3Endpoint = None,
+    s3_region: S3Region = None,
+    s3_profile: S3Profile = None,
+) -> None:
+    """Attack a sample of a protected archive and measure what is left: purify, customize, edit, with a clean control.
+
+    Writes reports/verify-ID/ into the destination and never touches a manifest; run it again to go on after a stop.
+
+    Example: fixative verify s3://stock-protected/2026 --groups 15 -p chain -p gridpure --out report
+    """
+    given = {
+        "destination": destination,
+        "source": source,
+        "attack.groups": groups,
+        "attack.edited": edited,
+        "attack.purifiers": purifier,
+        "attack.customizer": customizer,
+        "attack.customizer_preset": preset,
+        "attack.editors": editor,
+        "attack.models": attack.kinds(attack_model) or None,
+        "attack.subject_column": subject_column,
+        "attack.class_column": class_column,
+        "run.actors": actors,
+        "run.s3.endpoint_url": s3_endpoint,
+        "run.s3.region": s3_region,
+        "run.s3.profile": s3_profile,
+    }
+    job = settings(VerifyConfig, config, given)
+    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")
+    from flows.progress import shown_on
+    from flows.verify import verify_archive
+
+    with shown_on(console):
+        verified = verify_archive(job, out)
+    show.verified(console, verified)
+
+
+@app.command()
 def methods() -> None:
     """List the protection methods with their presets."""
     show.methods(console)
@@ -224,66 +289,6 @@ def demo(
     outcome = run_job(config)
     sheet = contact_sheet(outcome.job, out / "contact-sheet.png")
     show.demo(console, outcome, archive, sheet)
-
-
-def job_config(path: Path | None, given: dict[str, Any]) -> JobConfig:
-    """The job of a YAML file with the given dotted fields laid over it; fields that are None change nothing.
-
-    Raises:
-        UserError: The file cannot be read, or a field is unknown or has a wrong value.
-    """
-    document: Any = {}
-    if path is not None:
-        try:
-            document = yaml.safe_load(path.read_text()) or {}
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise UserError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from error
-        if not isinstance(document, dict):
-            raise UserError(f"{path} holds no mapping; see `fixative protect --help` for an example")
-    for dotted, value in given.items():
-        if value is None:
-            continue
-        place = document
-        *parents, name = dotted.split(".")
-        for parent in parents:
-            if place.get(parent) is None:
-                place[parent] = {}
-            place = place[parent]
-            if not isinstance(place, dict):
-                raise UserError(f"{path}: '{parent}' must be a mapping")
-        place[name] = {**place.get(name, {}), **value} if isinstance(value, dict) else value
-    try:
-        return JobConfig.model_validate(document)
-    except ValidationError as error:
-        raise UserError("; ".join(_plain(item) for item in error.errors())) from error
-
-
-def _plain(item: Any) -> str:
-    where = ".".join(str(part) for part in item["loc"])
-    if where in ("source", "destination") and item["type"] == "missing":
-        return f"no {where} given: name it as an argument or in the job file"
-    if item["type"] == "extra_forbidden":
-        model: Any = JobConfig
-        for part in item["loc"][:-1]:
-            model = model.model_fields[part].annotation
-        return f"{where}: no such setting; there are {', '.join(model.model_fields)}"
-    return f"{where}: {item['msg']} (got {item.get('input')!r})"
-
-
-def _overrides(values: list[str] | None) -> dict[str, Any] | None:
-    """name=value pairs; values in YAML spelling, so that 3 is a number and true a truth value."""
-    if not values:
-        return None
-    result: dict[str, Any] = {}
-    for text in values:
-        name, mark, value = text.partition("=")
-        if not mark:
-            raise UserError(f"--set {text}: write name=value")
-        try:
-            result[name] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise UserError(f"--set {text}: the value is no YAML; put it in quotes") from error
-    return result
 
 
 def run_job(config: JobConfig) -> Any:

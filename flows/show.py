@@ -9,12 +9,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from flows.verify_table import verdicts
 from pipeline.storage import join_url
 from protectors.registry import protector_class, protector_names
 
 if TYPE_CHECKING:
     from flows.estimate import Estimate
     from flows.protect import Outcome
+    from flows.verify import Verified
     from pipeline.inspection import Status
     from pipeline.job import Job
     from pipeline.plan import Plan
@@ -80,6 +82,21 @@ def outcome(console: Console, result: Outcome) -> None:
     if result.report_key is not None:
         report = join_url(result.job.destination().url, result.report_key)
         console.print(f"report: {report}", highlight=False, soft_wrap=True, markup=False)
+
+
+def verified(console: Console, result: Verified) -> None:
+    """What a verification measured, and where its report lies."""
+    rows = verdicts(result.document)
+    if rows:
+        table = Table(*rows[0])
+        for row in rows:
+            table.add_row(*("" if value is None else str(value) for value in row.values()))
+        console.print(table)
+    else:
+        console.print("Nothing was measured: no shard has enough images for a group.")
+    console.print(f"report: {result.campaign.destination().url}/{result.report_key}", highlight=False)
+    if result.page is not None:
+        console.print(f"with pictures: {result.page}", highlight=False)
 
 
 def status(console: Console, found: Status) -> None:

@@ -111,6 +111,8 @@ class CheckSettings(_Settings):
     # How it is customized (`fixative attack list`), and with which preset.
     customizer: str = "dreambooth"
     customizer_preset: str = "quick"
+    # Single settings of the customizer in place of its preset's.
+    customizer_overrides: dict[str, Any] = Field(default_factory=dict)
     # Purifiers of the customization beside none; each costs two more customizations per group.
     customize_after: tuple[str, ...] = ("chain",)
     # Columns that name the subject and its class ("dog"). Without them groups are look-alikes, of class "subject".
@@ -182,6 +184,44 @@ class RunSettings(_Settings):
     # Deaths of workers in one run after which the machine counts as ill.
     max_deaths: Annotated[int, Field(ge=1)] = 20
     s3: S3Settings = S3Settings()
+
+
+class AttackSettings(_Settings):
+    """What `fixative verify` tries on a protected archive. Everything that decides its numbers."""
+
+    # Groups of images that models are customized on, over all shards; 0: none.
+    groups: Annotated[int, Field(ge=0)] = 10
+    customizer: str = "dreambooth"
+    customizer_preset: str = "quick"
+    # Single settings of the customizer in place of its preset's, e.g. {"steps": 400}.
+    customizer_overrides: dict[str, Any] = Field(default_factory=dict)
+    # Images drawn from each customized model.
+    generated: Annotated[int, Field(ge=1)] = 8
+    # Single images that are edited, over all shards, with each of the editors.
+    edited: Annotated[int, Field(ge=0)] = 4
+    editors: tuple[str, ...] = ("sdedit-0.5-quick",)
+    # What the editor is told to make of an image.
+    edit_prompt: str = "a painting"
+    # Beside none; every one costs two customizations per group and two edits per image.
+    purifiers: tuple[str, ...] = ("chain",)
+    subject_column: str | None = None
+    class_column: str | None = None
+    # The attacker's checkpoints by kind (latent, pixel, upscaler, ...): folders or hub ids; else the embedded ones.
+    models: dict[str, str] = Field(default_factory=dict)
+    # Changes which groups and images are chosen.
+    salt: str = ""
+    seed: Annotated[int, Field(ge=0)] = 0
+
+
+class VerifyConfig(_Settings):
+    """One verification of a protected archive: which, with what, how."""
+
+    destination: str
+    # The archive it was made from. None: where the manifests say.
+    source: str | None = None
+    attack: AttackSettings = AttackSettings()
+    run: RunSettings = RunSettings()
+    limits: LimitSettings = LimitSettings()
 
 
 class JobConfig(_Settings):

@@ -51,23 +51,23 @@ class Job:
 
     def source(self) -> Store:
         """The archive, or the folder of a single shard (``source_key``)."""
-        return archive_store(self.config)[0]
+        return archive_store(self.config.source, self.config.run.s3)[0]
 
     @property
     def source_key(self) -> str:
         """The one object or folder within ``source`` that is the archive; "" for all of it."""
-        return archive_store(self.config)[1]
+        return archive_store(self.config.source, self.config.run.s3)[1]
 
     def destination(self) -> Store:
         """Where results go."""
         return destination_store(self.config)
 
 
-def archive_store(config: JobConfig) -> tuple[Store, str]:
-    """The store of the source; and the key of the one shard within it, "" where the source is a folder or prefix."""
-    root, slash, name = config.source.rstrip("/").rpartition("/")
-    url, key = (root or slash or ".", name) if kind_of(name) else (config.source, "")
-    return open_store(url, storage_options(config.run.s3)), key
+def archive_store(source: str, s3: S3Settings) -> tuple[Store, str]:
+    """The store of a source; and the key of the one shard within it, "" where the source is a folder or prefix."""
+    root, slash, name = source.rstrip("/").rpartition("/")
+    url, key = (root or slash or ".", name) if kind_of(name) else (source, "")
+    return open_store(url, storage_options(s3)), key
 
 
 def destination_store(config: JobConfig) -> Store:
@@ -139,19 +139,13 @@ def check_attacks(check: CheckSettings) -> None:
     Raises:
         UserError: A name is unknown, or a purifier needs a checkpoint that is not given.
     """
-    from pipeline.verify.attack_models import EMBEDDED, ModelKind, ModelMissing
+    from pipeline.verify.attack_models import with_embedded
     from pipeline.verify.customizers import customizer
-    from pipeline.verify.purifiers import PURIFIERS
+    from pipeline.verify.purifiers import check_purifiers
 
-    if unknown := set(check.models) - set(ModelKind):
-        raise UserError(f"no kind of model named {min(unknown)!r}; there are {', '.join(ModelKind)}")
-    for name in (*check.purifiers, *check.customize_after, *check.gate.purifiers):
-        if name not in PURIFIERS:
-            raise UserError(f"no purifier named {name!r}; `fixative attack list` shows what there is")
-        kind = PURIFIERS[name].needs
-        if kind is not None and kind not in (*EMBEDDED, *check.models):
-            raise ModelMissing(kind)
-    customizer(check.customizer, check.customizer_preset)
+    models = with_embedded(check.models)
+    check_purifiers([*check.purifiers, *check.customize_after, *check.gate.purifiers], models)
+    customizer(check.customizer, check.customizer_preset, check.customizer_overrides)
 
 
 def protector_settings(

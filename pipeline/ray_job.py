@@ -18,6 +18,7 @@ import ray
 from ray.data import ActorPoolStrategy, Dataset
 
 from pipeline.assets import Unit
+from pipeline.config import RunSettings
 from pipeline.errors import FatalWorkerError, PipelineError, UserError
 from pipeline.finalize import finalize_shard
 from pipeline.job import Job
@@ -72,18 +73,17 @@ class Fatal:
 
 
 @contextmanager
-def cluster(job: Job) -> Iterator[Pool]:
+def cluster(run: RunSettings) -> Iterator[Pool]:
     """Connects to the configured Ray cluster, or starts one on this machine for the run, and sizes the pool.
 
     Raises:
         UserError: The cluster cannot be reached, or is too small for the actors that were asked for.
     """
-    run = job.config.run
     joined = ray.is_initialized()
     if not joined:
         _start(run.ray_address, run.actors)
     try:
-        pool = _pool(job)
+        pool = _pool(run)
         yield pool
     finally:
         if not joined:
@@ -128,8 +128,8 @@ def dashboard_url() -> str | None:
     return f"http://{host}" if host else None
 
 
-def _pool(job: Job) -> Pool:
-    run, cluster_has = job.config.run, ray.cluster_resources()
+def _pool(run: RunSettings) -> Pool:
+    cluster_has = ray.cluster_resources()
     gpus, cpus = int(cluster_has.get("GPU", 0)), cluster_has.get("CPU", 0.0)
     device = run.device if run.device != "auto" else ("cuda" if gpus else "cpu")
     actors = run.actors or max(1, gpus if device == "cuda" else int(cpus - SPARE_CPUS))
@@ -145,27 +145,27 @@ def _pool(job: Job) -> Pool:
 
 def protect_units(job: Job, pool: Pool, tasks: Sequence[Task]) -> Iterator[Receipt | Failed]:
     """Protects units and stores their parts; yields a receipt as each is done, in no particular order."""
-    stream = _source(tasks).map_batches(load, batch_size=1, num_cpus=LOAD_CPUS, fn_kwargs={"job": job})
-    stream = _on_actors(stream, job, pool)
+    stream = source(tasks).map_batches(load, batch_size=1, num_cpus=LOAD_CPUS, fn_kwargs={"job": job})
+    stream = on_actors(stream, Optimize, pool, job=job)
     stream = stream.map_batches(store, batch_size=1, num_cpus=STORE_CPUS, fn_kwargs={"job": job})
-    yield from _results(stream)
+    yield from results(stream)
 
 
 def check_shards(job: Job, pool: Pool, shards: Sequence[Shard]) -> Iterator[str | Failed]:
     """Checks the samples of shards whose parts are all stored, on the same kind of actors; yields result keys."""
-    stream = _source(shards).map_batches(prepare, batch_size=1, num_cpus=LOAD_CPUS, fn_kwargs={"job": job})
-    yield from _results(_on_actors(stream, job, pool))
+    stream = source(shards).map_batches(prepare, batch_size=1, num_cpus=LOAD_CPUS, fn_kwargs={"job": job})
+    yield from results(on_actors(stream, Optimize, pool, job=job))
 
 
 def finalize_shards(job: Job, shards: Sequence[tuple[Shard, pa.Schema]]) -> Iterator[Manifest | Failed]:
     """Commits shards whose parts and checks are all stored."""
-    stream = _source(shards).map_batches(finalize, batch_size=1, num_cpus=FINALIZE_CPUS, fn_kwargs={"job": job})
-    yield from _results(stream)
+    stream = source(shards).map_batches(finalize, batch_size=1, num_cpus=FINALIZE_CPUS, fn_kwargs={"job": job})
+    yield from results(stream)
 
 
 def load(batch: Batch, job: Job) -> Iterator[Batch]:
     """Stage: a task becomes its units, read and decoded."""
-    yield from _each(batch, lambda task: load_units(job, task.shard, task.units))
+    yield from each(batch, lambda task: load_units(job, task.shard, task.units))
 
 
 class Optimize:
@@ -183,7 +183,7 @@ class Optimize:
             self.broken = f"an optimizer cannot start: {error}"
 
     def __call__(self, batch: Batch) -> Iterator[Batch]:
-        yield from _each(batch, self._one)
+        yield from each(batch, self._one)
 
     def _one(self, item: Unit | Check | Trial) -> Iterator[Unit | str]:
         if self.optimizer is None:
@@ -201,20 +201,20 @@ class Optimize:
 
 def store(batch: Batch, job: Job) -> Iterator[Batch]:
     """Stage: a protected unit becomes its stored part and a receipt."""
-    yield from _each(batch, lambda unit: iter([store_unit(job, unit)]))
+    yield from each(batch, lambda unit: iter([store_unit(job, unit)]))
 
 
 def prepare(batch: Batch, job: Job) -> Iterator[Batch]:
     """Stage: a shard becomes its checks and its trials."""
-    yield from _each(batch, lambda shard: chain(prepare_checks(job, shard), prepare_trials(job, shard)))
+    yield from each(batch, lambda shard: chain(prepare_checks(job, shard), prepare_trials(job, shard)))
 
 
 def finalize(batch: Batch, job: Job) -> Iterator[Batch]:
     """Stage: a shard becomes its committed manifest."""
-    yield from _each(batch, lambda item: iter([finalize_shard(job, *item)]))
+    yield from each(batch, lambda item: iter([finalize_shard(job, *item)]))
 
 
-def _each(batch: Batch, work: Callable[[Any], Iterator[Any]]) -> Iterator[Batch]:
+def each(batch: Batch, work: Callable[[Any], Iterator[Any]]) -> Iterator[Batch]:
     """Applies a stage to the one item of a batch. An item that fails travels on as ``Failed``, past later stages."""
     (item,) = batch[ITEM]
     if isinstance(item, Failed | Fatal):
@@ -240,7 +240,8 @@ def _boxed(item: Any) -> Batch:
     return {ITEM: box}
 
 
-def _source(items: Sequence[Any]) -> Dataset:
+def source(items: Sequence[Any]) -> Dataset:
+    """A stream of the items, one per block."""
     stream = ray.data.from_items([{ITEM: item} for item in items], override_num_blocks=len(items))
     # Every row is a block of its own, also the ones that a generator yields: a unit is what Ray schedules.
     stream.context.target_max_block_size = 1
@@ -250,17 +251,23 @@ def _source(items: Sequence[Any]) -> Dataset:
     return stream
 
 
-def _on_actors(stream: Dataset, job: Job, pool: Pool) -> Dataset:
+def on_actors(stream: Dataset, stage: type[Any], pool: Pool, **arguments: Any) -> Dataset:
+    """Adds a stage that runs on the pool's actors, each of which is made with the arguments and its device."""
     return stream.map_batches(
-        Optimize,
+        stage,
         batch_size=1,
         compute=ActorPoolStrategy(size=pool.actors, max_tasks_in_flight_per_actor=IN_FLIGHT),
-        fn_constructor_kwargs={"job": job, "device": pool.device},
+        fn_constructor_kwargs={**arguments, "device": pool.device},
         **pool.resources,
     )
 
 
-def _results(stream: Dataset) -> Iterator[Any]:
+def results(stream: Dataset) -> Iterator[Any]:
+    """Runs the stream and yields its items as they come.
+
+    Raises:
+        FatalWorkerError: A worker found the machine ill, or Ray failed.
+    """
     try:
         for batch in stream.iter_batches(batch_size=1, batch_format="numpy", prefetch_batches=0):
             (item,) = batch[ITEM]

@@ -81,7 +81,7 @@ def preflight(config: JobConfig) -> None:
     Raises:
         UserError: Overlap, unknown method, preset or model, a value that cannot work, or nothing to protect.
     """
-    (source, key), destination = archive_store(config), destination_store(config)
+    (source, key), destination = archive_store(config.source, config.run.s3), destination_store(config)
     if same_or_nested(config.source, config.destination):
         raise UserError(
             f"source {source.url} and destination {destination.url} overlap: originals could be overwritten. "

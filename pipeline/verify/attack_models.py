@@ -29,6 +29,18 @@ class ModelKind(StrEnum):
 EMBEDDED: Mapping[ModelKind, str] = {ModelKind.LATENT: NANO_SD, ModelKind.PIXEL: NANO_DDPM}
 """What is there without any download."""
 
+
+def with_embedded(given: Mapping[str, str]) -> dict[ModelKind, str]:
+    """The embedded checkpoints and, in place of them or beside them, those that are given by kind.
+
+    Raises:
+        UserError: a kind is unknown.
+    """
+    if unknown := set(given) - set(ModelKind):
+        raise UserError(f"no kind of model named {min(unknown)!r}; there are {', '.join(ModelKind)}")
+    return {**EMBEDDED, **{ModelKind(kind): name for kind, name in given.items()}}
+
+
 _CLASSES: Mapping[ModelKind, str] = {
     ModelKind.LATENT: "StableDiffusionPipeline",
     ModelKind.PIXEL: "DDPMPipeline",
@@ -84,6 +96,8 @@ def load_pipeline(name: str | Path, kind: ModelKind = ModelKind.LATENT, device: 
     """
     import diffusers
     import torch
+    from diffusers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
     if name in EMBEDDED.values():
         verify_reference(str(name))
@@ -92,17 +106,19 @@ def load_pipeline(name: str | Path, kind: ModelKind = ModelKind.LATENT, device: 
         folder = resolve_folder(str(name))
     if kind is ModelKind.LATENT:
         check_folder(folder)
+    for library in (logging, transformers_logging):
+        library.disable_progress_bar()  # theirs would tear those of the command apart
     options: dict[str, Any] = {"torch_dtype": torch.float32, "use_safetensors": True, "local_files_only": True}
     if kind in (ModelKind.LATENT, ModelKind.INPAINT, ModelKind.INSTRUCT, ModelKind.CASCADE):
-        options["safety_checker"] = None
+        options |= {"safety_checker": None, "requires_safety_checker": False}
     try:
         pipeline = getattr(diffusers, _CLASSES[kind]).from_pretrained(str(folder), **options).to(device)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise ModelError(f"{folder} is no {_CLASSES[kind]} folder: {error}") from error
     if kind is ModelKind.LATENT:
         # DDIM clips by default, where the folder's own scheduler does not say; latents must not be clipped.
         pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
     pipeline.set_progress_bar_config(disable=True)
-    if kind is not ModelKind.PIXEL:
+    if kind not in (ModelKind.PIXEL, ModelKind.CASCADE):  # IF attends to added keys and values: other processors
         choose_attention(pipeline.unet)
     return pipeline

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from importlib.metadata import version
 from typing import Any
 
 from pipeline.errors import AlreadyExists
@@ -12,55 +14,143 @@ from pipeline.job import Job, code_version
 from pipeline.manifest import Manifest
 from pipeline.plan import Shard
 from pipeline.storage import Store, get_json, json_bytes
+from pipeline.verify.campaign import Campaign
+from pipeline.verify.cells import build_tables
 from pipeline.verify.check import stored_checks
+from pipeline.verify.edit_trial import EDIT_METRIC
+from pipeline.verify.html import render
+from pipeline.verify.scores import Score
 from pipeline.verify.statistics import CONFIDENCE, RESAMPLES, Survival, survival
+from pipeline.verify.tables import Question, Table
+from pipeline.verify.trial import METRIC, Attack
+from pipeline.verify.trials import attack_of, stored_scores, stored_tables
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+MEASURE = (
+    "share of the objective's gain that is left after the purifier, on decoded stored bytes; "
+    "gain = objective(protected) - objective(clean), both treated by the same purifier; "
+    "purified at full size, or at the model's training scale where the name says so"
+)
+LIBRARIES = ("torch", "diffusers", "transformers", "ray", "pillow")
+SIMILARITY = Question(metric=METRIC, primary=True)
+EDITING = Question(metric=EDIT_METRIC, primary=True)
 
 
 def write_verification(job: Job, shards: Sequence[Shard], manifests: Sequence[Manifest]) -> tuple[str, list[Survival]]:
-    """Writes ``reports/<run_id>/verification.json`` over all committed shards; returns its key and the totals."""
+    """Writes ``reports/<run_id>/verification.json`` and ``report.html`` over all committed shards.
+
+    Neither holds a picture: those of originals must not lie beside the protected ones. `fixative verify --out`
+    draws them on the machine of whoever asks.
+
+    Returns:
+        The JSON's key, and the objective left over all shards.
+    """
     destination = job.destination()
     per_shard: dict[str, Any] = {}
     everything: list[dict[str, list[float]]] = []
-    rows = {manifest.shard_id: manifest for manifest in manifests}
-    for shard in shards:
+    committed = {manifest.shard_id: manifest for manifest in manifests}
+    on_rung = [_on_its_rung(shard, committed) for shard in shards]
+    for shard in on_rung:
         checks = [check.objective for check in stored_checks(destination, shard).values()]
         everything += checks
-        per_shard[shard.shard_id] = {
-            "rows_in": rows[shard.shard_id].rows_in,
-            "rows_ok": rows[shard.shard_id].rows_ok,
-            "rows_quarantined": rows[shard.shard_id].rows_quarantined,
-            "sampled": len(checks),
-            "survival": [asdict(item) for item in survival(checks)],
-        }
+        per_shard[shard.shard_id] = _of_shard(committed[shard.shard_id])
     total = survival(everything)
     document = {
-        "schema_version": SCHEMA_VERSION,
-        "run_id": job.run_id,
+        **_about("protect", job.run_id, destination),
         "config_fingerprint": job.config_fp,
         "protector": job.config.job.method.name,
         "ladder": list(job.ladder),
         "model_digest": job.model_digest,
-        "code_version": code_version(),
-        "measure": (
-            "share of the objective's gain that is left after the purifier, on decoded stored bytes; "
-            "gain = objective(protected) - objective(clean), both treated by the same purifier; "
-            "purified at full size, or at the model's training scale where the name says so"
-        ),
+        "model": job.config.job.method.model,
+        "measure": MEASURE,
         "interval": {"kind": "percentile bootstrap over images", "confidence": CONFIDENCE, "resamples": RESAMPLES},
         "purifiers": sorted(job.config.job.check.purifiers),
         "training_scale": job.base_size,
         "sampled": len(everything),
         "survival": [asdict(item) for item in total],
+        "customization": [table.to_dict() for table in stored_tables(job, on_rung)],
+        "attack": _attack(attack_of(job)) if job.config.job.check.groups else None,
         "shards": per_shard,
     }
-    key = f"reports/{job.run_id}/verification.json"
-    with suppress(AlreadyExists):  # this run wrote it before it was interrupted
-        destination.put_new(key, json_bytes(document))
-    return key, total
+    return _write(destination, job.run_id, document), total
+
+
+def campaign_document(campaign: Campaign, manifests: Sequence[Manifest]) -> dict[str, Any]:
+    """The document of a later verification, from the scores that are stored."""
+    destination = campaign.destination()
+    customization, editing = campaign_tables(stored_scores(destination, campaign.prefix))
+    first = manifests[0]
+    return {
+        **_about("verify", campaign.campaign_id, destination),
+        "config_fingerprint": campaign.config_fp,
+        "protector": first.protector,
+        "model_digest": first.model_digest,
+        "purifiers": sorted(campaign.config.attack.purifiers),
+        "settings": campaign.config.attack.model_dump(mode="json"),
+        "attack": _attack(campaign.attack),
+        "survival": [],
+        "customization": [table.to_dict() for table in customization],
+        "editing": [table.to_dict() for table in editing],
+        "shards": {manifest.shard_id: _of_shard(manifest) for manifest in manifests},
+    }
+
+
+def campaign_tables(scores: Sequence[Score]) -> tuple[list[Table], list[Table]]:
+    """The tables of customization and of editing."""
+    customized = [score for score in scores if score.metric == METRIC]
+    edited = [score for score in scores if score.metric == EDIT_METRIC]
+    return (
+        build_tables(customized, [SIMILARITY]) if customized else [],
+        build_tables(edited, [EDITING]) if edited else [],
+    )
+
+
+def write_campaign(campaign: Campaign, document: dict[str, Any]) -> str:
+    """Stores the document and its page beside the archive, under the campaign's own name; returns the JSON's key."""
+    return _write(campaign.destination(), f"verify-{campaign.campaign_id}", document)
 
 
 def read_verification(destination: Store, key: str) -> list[Survival]:
-    """The totals of a stored report."""
+    """The objective left over all shards, from a stored report."""
     return [Survival(**entry) for entry in get_json(destination, key)["survival"]]
+
+
+def _write(destination: Store, folder: str, document: dict[str, Any]) -> str:
+    key = f"reports/{folder}/verification.json"
+    for name, data in (
+        (key, json_bytes(document)),
+        (f"reports/{folder}/report.html", render(document, []).encode()),
+    ):
+        with suppress(AlreadyExists):  # this run wrote it before it was interrupted
+            destination.put_new(name, data)
+    return key
+
+
+def _about(kind: str, run_id: str, destination: Store) -> dict[str, Any]:
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "kind": kind,
+        "run_id": run_id,
+        "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "destination": destination.url,
+        "code_version": code_version(),
+        "versions": {name: version(name) for name in LIBRARIES},
+    }
+
+
+def _attack(attack: Attack) -> dict[str, Any]:
+    return asdict(attack) | {"models": {str(kind): name for kind, name in attack.models.items()}}
+
+
+def _on_its_rung(shard: Shard, committed: dict[str, Manifest]) -> Shard:
+    return replace(shard, rung=committed[shard.shard_id].rung)
+
+
+def _of_shard(manifest: Manifest) -> dict[str, Any]:
+    return {
+        "rows_in": manifest.rows_in,
+        "rows_ok": manifest.rows_ok,
+        "rows_quarantined": manifest.rows_quarantined,
+        "rung": manifest.rung,
+        **manifest.verify,
+    }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,15 @@ from pipeline.worker import exit_on_device_fault
 Pixels = npt.NDArray[np.uint8]
 GENERATED = 8  # images per customization; their mean is one value of the table
 METRIC = "subject similarity"
+NOT_MEASURED = "not measured"
+# By cell: what to call the images that the attacker trains on, where they are worth a look, and those that he draws.
+LABELS: Mapping[Cell, tuple[str | None, str]] = {
+    Cell.FLOOR: (None, "drawn before"),
+    Cell.CLEAN: ("original", "drawn from originals"),
+    Cell.PROTECTED: ("protected", "drawn from protected"),
+    Cell.PURIFIED: (None, "drawn from originals after {}"),
+    Cell.PURIFIED_PROTECTED: ("protected after {}", "drawn from protected after {}"),
+}
 _PROTECTED = (Cell.PROTECTED, Cell.PURIFIED_PROTECTED)
 
 
@@ -35,6 +44,7 @@ class Attack:
 
     customizer: str = "dreambooth"
     preset: str = "quick"
+    overrides: Mapping[str, Any] = field(default_factory=dict)
     # Checkpoints of the attacker, by kind: folder, hub id or the name of an embedded model.
     models: Mapping[ModelKind, str]
     # Side in pixels of the images that the latent model is customized on.
@@ -64,8 +74,12 @@ class TrialResult:
     """Scores of one trial, and the pictures behind them."""
 
     key: str
+    # The group or image that it is about.
+    title: str
     scores: list[Score]
-    # PNG of what the attacker trained on and of what he drew. Never stored with the results: they show the subject.
+    # Asset id of the one image that it is about; "" for a group.
+    row: str = ""
+    # PNG by label, of what the attacker had and of what he made. Never stored beside the archive: they show originals.
     pictures: dict[str, bytes] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -100,7 +114,7 @@ class TrialBench:
     def __init__(self, attack: Attack, *, device: str = "cpu") -> None:
         self.attack = attack
         self.models = AttackModels(attack.models, device=device)
-        self.customizer = customizer(attack.customizer, attack.preset)
+        self.customizer = customizer(attack.customizer, attack.preset, attack.overrides)
         self.embedder = Embedder(device=device)
         self._priors = PriorImages(self.models.get(ModelKind.LATENT))
 
@@ -114,9 +128,8 @@ class TrialBench:
             return self._floor(trial, seed) if trial.cell is Cell.FLOOR else self._customized(trial, seed)
         except Exception as error:  # noqa: BLE001 - whatever an attack raises is a failed measurement, not a failed run
             exit_on_device_fault(error)
-            reason = f"{type(error).__name__}: {error}"
-            failed = [self._score(trial, trial.cell, f"{n}", error=reason) for n in range(self.attack.generated)]
-            return TrialResult(key=trial.key, scores=failed)
+            planned = [self._score(trial, trial.cell, f"{n}") for n in range(self.attack.generated)]
+            return failed_trial(trial.key, trial.group, error, planned)
 
     def _customized(self, trial: Trial, seed: int) -> TrialResult:
         train = purified(trial, self.models, seed)
@@ -127,7 +140,7 @@ class TrialBench:
 
     def _floor(self, trial: Trial, seed: int) -> TrialResult:
         """What the attacker's model draws of the class before it knows the subject; and the ceiling beside it."""
-        train = torch.stack([_tensor(image) for image in trial.train])
+        train = torch.stack([tensor(image) for image in trial.train])
         result = self._result(trial, train, self._drawn(self._priors.base, trial.class_word, seed))
         real = self._similarity(_unit_range(train), trial)
         result.scores += [self._score(trial, Cell.CEILING, f"photo {n}", value) for n, value in enumerate(real)]
@@ -140,18 +153,19 @@ class TrialBench:
     def _result(self, trial: Trial, train: Tensor, drawn: Tensor) -> TrialResult:
         values = self._similarity(drawn, trial)
         scores = [self._score(trial, trial.cell, f"{n}", value) for n, value in enumerate(values)]
-        pictures = {"train": _sheet(train), "drawn": _sheet((drawn * 255).round().to(torch.uint8)[:4])}
-        return TrialResult(key=trial.key, scores=scores, pictures=pictures)
+        had, made = LABELS[trial.cell]
+        pictures = {made.format(trial.purifier): sheet((drawn * 255).round().to(torch.uint8)[: len(train)])}
+        if had is not None:
+            pictures[had.format(trial.purifier)] = sheet(train)
+        return TrialResult(key=trial.key, title=trial.group, scores=scores, pictures=pictures)
 
     def _similarity(self, images: Tensor, trial: Trial) -> list[float]:
         """Mean cosine of each image to the references."""
-        references = self.embedder.embed(_unit_range(torch.stack([_tensor(image) for image in trial.references])))
+        references = self.embedder.embed(_unit_range(torch.stack([tensor(image) for image in trial.references])))
         values: list[float] = (self.embedder.embed(images) @ references.T).mean(dim=1).tolist()
         return values
 
-    def _score(
-        self, trial: Trial, cell: Cell, image: str, value: float | None = None, error: str | None = None
-    ) -> Score:
+    def _score(self, trial: Trial, cell: Cell, image: str, value: float | None = None) -> Score:
         return Score(
             attack=self.attack.customizer,
             metric=METRIC,
@@ -161,20 +175,30 @@ class TrialBench:
             image=image,
             prompt=PHOTO,
             value=value,
-            error=error,
+            error=NOT_MEASURED if value is None else None,
         )
 
 
 def purified(trial: Trial, models: AttackModels, seed: int) -> Tensor:
     """The images that the attacker trains on, uint8 `(N, 3, S, S)`; equal draws on both sides of a cell."""
-    images = torch.stack([_tensor(image) for image in trial.train])
-    if trial.purifier == NO_PURIFIER:
-        return images
-    seeds = [int(sha256_hex(f"{seed}/{trial.purifier}/{number}")[:8], 16) for number in range(len(images))]
-    return PURIFIERS[trial.purifier].purify(images, seeds=seeds, models=models)
+    images = torch.stack([tensor(image) for image in trial.train])
+    return images if trial.purifier == NO_PURIFIER else purified_by(trial.purifier, images, models, seed)
 
 
-def _tensor(pixels: Pixels) -> Tensor:
+def purified_by(purifier: str, images: Tensor, models: AttackModels, seed: int) -> Tensor:
+    """Purified images, uint8 `(N, 3, H, W)`; the draws depend on seed, purifier and place alone."""
+    seeds = [int(sha256_hex(f"{seed}/{purifier}/{number}")[:8], 16) for number in range(len(images))]
+    return PURIFIERS[purifier].purify(images, seeds=seeds, models=models)
+
+
+def failed_trial(key: str, title: str, error: Exception, planned: Sequence[Score]) -> TrialResult:
+    """The result of a trial that raised: its scores are errors with the reason."""
+    reason = f"{type(error).__name__}: {error}"
+    return TrialResult(key=key, title=title, scores=[replace(score, value=None, error=reason) for score in planned])
+
+
+def tensor(pixels: Pixels) -> Tensor:
+    """uint8 (H, W, 3) as `(3, H, W)`."""
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
 
 
@@ -182,7 +206,7 @@ def _unit_range(images: Tensor) -> Tensor:
     return images.float() / 255
 
 
-def _sheet(images: Tensor) -> bytes:
+def sheet(images: Tensor) -> bytes:
     """The images side by side, as PNG."""
     row = torch.cat(list(images), dim=2).permute(1, 2, 0).numpy()
     file = io.BytesIO()

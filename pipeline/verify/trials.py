@@ -15,7 +15,7 @@ from pipeline.ids import sha256_hex
 from pipeline.job import NO_MODEL, Job, model_folder
 from pipeline.plan import Shard
 from pipeline.storage import Store, get_json, in_parallel, put_json_new
-from pipeline.verify.attack_models import EMBEDDED, ModelKind
+from pipeline.verify.attack_models import ModelKind, with_embedded
 from pipeline.verify.cells import build_tables
 from pipeline.verify.embed import Embedder
 from pipeline.verify.groups import Candidate, Group, choose_groups
@@ -45,6 +45,7 @@ def attack_of(job: Job) -> Attack:
     return Attack(
         customizer=check.customizer,
         preset=check.customizer_preset,
+        overrides=check.customizer_overrides,
         models=models,
         side=model_base_size(model_folder(models[ModelKind.LATENT])),
         seed=job.config.job.seed,
@@ -53,8 +54,8 @@ def attack_of(job: Job) -> Attack:
 
 def attack_models(job: Job) -> dict[ModelKind, str]:
     """The attacker's checkpoints: the embedded ones, the job's own model, and those that the check names."""
-    own = {} if job.model_digest == NO_MODEL else {ModelKind.LATENT: job.config.job.method.model}
-    return {**EMBEDDED, **own, **{ModelKind(kind): name for kind, name in job.config.job.check.models.items()}}
+    own: dict[str, str] = {} if job.model_digest == NO_MODEL else {ModelKind.LATENT: job.config.job.method.model}
+    return with_embedded({**own, **job.config.job.check.models})
 
 
 def trials_of(shard: Shard) -> str:
@@ -124,8 +125,8 @@ def _file_name(group: Group) -> str:
 def _group_trials(
     specimens: Specimens, selection: Selection, group: Group, keys: Mapping[tuple[Cell, str], str]
 ) -> Iterator[Trial]:
-    clean = _squares(specimens.originals(group.members), selection)
-    protected = _squares(specimens.protected(group.train), selection)
+    clean = squares(specimens.originals(group.members), selection)
+    protected = squares(specimens.protected(group.train), selection)
     for (cell, purifier), key in keys.items():
         side = protected if needs_protected(cell) else clean
         yield Trial(
@@ -139,15 +140,15 @@ def _group_trials(
         )
 
 
-def _squares(files: Mapping[str, bytes], selection: Selection) -> dict[str, Pixels]:
+def squares(files: Mapping[str, bytes], selection: Selection) -> dict[str, Pixels]:
     views = {name: model_view(decode(data, limits=selection.limits)) for name, data in files.items()}
     return {name: square(view, selection.side) for name, view in views.items()}
 
 
 def _embed(specimens: Specimens, selection: Selection, wanted: Sequence[Candidate]) -> Tensor:
     """Unit vectors of protected images; originals would tell the same, and cost a second read of the source."""
-    squares = _squares(specimens.protected(wanted), selection)
-    images = torch.stack([torch.from_numpy(squares[item.source_sha256].copy()) for item in wanted])
+    found = squares(specimens.protected(wanted), selection)
+    images = torch.stack([torch.from_numpy(found[item.source_sha256].copy()) for item in wanted])
     return Embedder().embed(images.permute(0, 3, 1, 2).float() / 255)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pipeline import job as job_module
-from pipeline.config import JobConfig
+from pipeline.config import JobConfig, S3Settings
 from pipeline.errors import UserError
 from pipeline.ids import fingerprint
 from pipeline.job import archive_store, resolve
@@ -123,11 +123,11 @@ def test_what_cannot_work_is_refused(method: dict[str, Any], message: str) -> No
     ],
 )
 def test_a_single_shard_may_be_the_source(source: str, root: str, key: str) -> None:
-    store, found = archive_store(JobConfig(source=source, destination="/out"))
+    store, found = archive_store(source, S3Settings())
     assert (store.url, found) == (f"file://{root}", key)
 
 
 def test_a_relative_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    store, key = archive_store(JobConfig(source="x.tar", destination="/out"))
+    store, key = archive_store("x.tar", S3Settings())
     assert (store.url, key) == (f"file://{tmp_path}", "x.tar")

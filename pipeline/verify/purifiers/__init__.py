@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
+from pipeline.errors import UserError
+from pipeline.verify.attack_models import AttackModels, ModelKind, ModelMissing
 from pipeline.verify.purifiers.adverse_cleaner import AdverseCleaner
 from pipeline.verify.purifiers.base import Purifier
 from pipeline.verify.purifiers.diffpure import DiffPure, ResizeOnly
@@ -89,3 +91,14 @@ _FULL = (*_STANDARD, *(name for name in PURIFIERS if name not in _STANDARD))
 
 SUITES: Mapping[str, tuple[str, ...]] = MappingProxyType({"quick": _QUICK, "standard": _STANDARD, "full": _FULL})
 """Names by suite, each holding the one before: "quick" for every shard, "full" for everything there is."""
+
+
+def check_purifiers(names: Iterable[str], models: Mapping[ModelKind, str]) -> None:
+    """Raises UserError for an unknown purifier, and ModelMissing for one whose checkpoint is not given."""
+    attacker = AttackModels(models)
+    for name in names:
+        if name not in PURIFIERS:
+            raise UserError(f"no purifier named {name!r}; `fixative attack list` shows what there is")
+        kind = PURIFIERS[name].missing(attacker)
+        if kind is not None:
+            raise ModelMissing(kind)

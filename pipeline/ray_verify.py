@@ -1,0 +1,41 @@
+"""Runs a campaign's trials on Ray Data: shards through a CPU stage, trials through a pool of attackers."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from pipeline.ray_job import LOAD_CPUS, Batch, Failed, Pool, each, on_actors, results, source
+from pipeline.storage import put_json_new
+from pipeline.verify.campaign import Campaign, Target, prepare_target
+from pipeline.verify.edit_trial import EditTrial, run_edit_trial
+from pipeline.verify.trial import Trial, TrialBench, TrialResult
+
+
+def run_campaign(campaign: Campaign, pool: Pool, targets: Sequence[Target]) -> Iterator[TrialResult | Failed]:
+    """Runs every trial that is not stored yet; stores its scores and yields them with their pictures."""
+    stream = source(targets).map_batches(prepare, batch_size=1, num_cpus=LOAD_CPUS, fn_kwargs={"campaign": campaign})
+    yield from results(on_actors(stream, Attacks, pool, campaign=campaign))
+
+
+def prepare(batch: Batch, campaign: Campaign) -> Iterator[Batch]:
+    """Stage: a shard becomes its trials."""
+    yield from each(batch, lambda target: prepare_target(campaign, target))
+
+
+class Attacks:
+    """Stage: a trial is run. One instance per actor; the attacker's models are loaded with it."""
+
+    def __init__(self, campaign: Campaign, device: str) -> None:
+        self.campaign = campaign
+        self.bench = TrialBench(campaign.attack, device=device)
+
+    def __call__(self, batch: Batch) -> Iterator[Batch]:
+        yield from each(batch, self._one)
+
+    def _one(self, trial: Trial | EditTrial) -> Iterator[TrialResult]:
+        result = run_edit_trial(trial, self.bench.models) if isinstance(trial, EditTrial) else self.bench.run(trial)
+        document: dict[str, Any] = {"writer_id": uuid.uuid4().hex, **result.to_json()}
+        put_json_new(self.campaign.destination(), result.key, document)
+        yield result
