@@ -258,14 +258,7 @@ def verify(
         "run.s3.region": s3_region,
         "run.s3.profile": s3_profile,
     }
-    job = settings(VerifyConfig, config, given)
-    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")
-    from flows.progress import shown_on
-    from flows.verify import verify_archive
-
-    with shown_on(console):
-        verified = verify_archive(job, out)
-    show.verified(console, verified)
+    run_verification(settings(VerifyConfig, config, given), out)
 
 
 @app.command()
@@ -278,8 +271,12 @@ def methods() -> None:
 def demo(
     out: Annotated[Path, typer.Option("--out", help="Where to build the archive and the results.")] = Path("demo-out"),
     method: Annotated[str, typer.Option("--method", help="See `fixative methods`.")] = "photoguard",
+    attacked: Annotated[
+        bool,
+        typer.Option("--attack/--no-attack", help="Also customize a model on a group of its images, and edit two."),
+    ] = True,
 ) -> None:
-    """Build a small archive of real photographs, protect it, check it, and draw before, after and difference."""
+    """Build a small archive of real photographs, protect it, attack it, and draw what came of it."""
     from flows.demo import build_archive, contact_sheet, discard_other_demo
 
     archive, protected = build_archive(out / "archive"), out / "protected"
@@ -288,6 +285,9 @@ def demo(
         console.print(f"{protected} was made by another version or method; it is made anew")
     outcome = run_job(config)
     sheet = contact_sheet(outcome.job, out / "contact-sheet.png")
+    if attacked:
+        quick = {"destination": str(protected), "attack.groups": 1, "attack.edited": 2}
+        run_verification(settings(VerifyConfig, None, quick), out / "report")
     show.demo(console, outcome, archive, sheet)
 
 
@@ -310,6 +310,17 @@ def run_job(config: JobConfig) -> Any:
         raise typer.Exit(1) from incomplete
     show.outcome(console, outcome)
     return outcome
+
+
+def run_verification(config: VerifyConfig, out: Path | None) -> None:
+    """Runs the flow with progress on the terminal and prints what was measured."""
+    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")  # this command prints errors itself, in one line
+    from flows.progress import shown_on
+    from flows.verify import verify_archive
+
+    with shown_on(console):
+        verified = verify_archive(config, out)
+    show.verified(console, verified)
 
 
 def _open(url: str, endpoint: str | None, region: str | None, profile: str | None) -> Any:

@@ -205,10 +205,9 @@ def load_model(
     except (OSError, ValueError) as error:
         raise ModelError(f"{folder / 'tokenizer'} cannot be loaded: {error}") from error
     parts = LatentParts(
-        vae=_load_network(AutoencoderKL, folder / "vae", torch_dtype=dtype),
-        unet=_load_network(UNet2DConditionModel, folder / "unet", torch_dtype=dtype),
-        # transformers 5 renamed the argument; diffusers has not.
-        text_encoder=_load_network(CLIPTextModel, folder / "text_encoder", dtype=dtype),
+        vae=_load_network(AutoencoderKL, folder / "vae", dtype),
+        unet=_load_network(UNet2DConditionModel, folder / "unet", dtype),
+        text_encoder=_load_network(CLIPTextModel, folder / "text_encoder", dtype),
         tokenizer=tokenizer,
     )
     return DiffusionModel(parts, schedule, digest=model_digest(str(folder))).to(device)
@@ -227,10 +226,10 @@ def choose_attention(unet: Any) -> None:
     unet.set_attn_processor(AttnProcessor() if small and unet.device.type == "cpu" else AttnProcessor2_0())
 
 
-def _load_network(network_class: Any, folder: Path, **dtype: torch.dtype) -> Any:
+def _load_network(network_class: Any, folder: Path, dtype: torch.dtype) -> Any:
     try:
         network, info = network_class.from_pretrained(
-            str(folder), use_safetensors=True, local_files_only=True, output_loading_info=True, **dtype
+            str(folder), use_safetensors=True, local_files_only=True, output_loading_info=True, dtype=dtype
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{folder} cannot be loaded: {error}") from error

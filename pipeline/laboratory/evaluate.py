@@ -108,7 +108,7 @@ def _ddpm_figures(order: Evaluation, note: Note) -> list[Figure]:
 def load_tiles(folder: Path) -> Any:
     """The DDPMPipeline of a pixel-space model, in float32."""
     pipeline = diffusers.DDPMPipeline.from_pretrained(
-        str(folder), torch_dtype=torch.float32, use_safetensors=True, local_files_only=True
+        str(folder), dtype=torch.float32, use_safetensors=True, local_files_only=True
     )
     pipeline.unet.eval().requires_grad_(False)
     return pipeline

@@ -108,7 +108,7 @@ def load_pipeline(name: str | Path, kind: ModelKind = ModelKind.LATENT, device: 
         check_folder(folder)
     for library in (logging, transformers_logging):
         library.disable_progress_bar()  # theirs would tear those of the command apart
-    options: dict[str, Any] = {"torch_dtype": torch.float32, "use_safetensors": True, "local_files_only": True}
+    options: dict[str, Any] = {"dtype": torch.float32, "use_safetensors": True, "local_files_only": True}
     if kind in (ModelKind.LATENT, ModelKind.INPAINT, ModelKind.INSTRUCT, ModelKind.CASCADE):
         options |= {"safety_checker": None, "requires_safety_checker": False}
     try:

@@ -205,7 +205,7 @@ class Whitening:
 
 def load_vae(folder: Path) -> Any:
     """Loads an autoencoder in float32 from a local folder, safetensors only."""
-    return AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32, use_safetensors=True, local_files_only=True)
+    return AutoencoderKL.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, local_files_only=True)
 
 
 @torch.no_grad()

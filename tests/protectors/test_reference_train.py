@@ -140,7 +140,7 @@ def test_resumed_training_equals_an_undisturbed_one(
 
 
 def test_latents_are_whitened_and_reconstructions_stay(undisturbed: Path, photos: Path) -> None:
-    vae = AutoencoderKL.from_pretrained(undisturbed / "nano-sd" / "vae", torch_dtype=torch.float32)
+    vae = AutoencoderKL.from_pretrained(undisturbed / "nano-sd" / "vae", dtype=torch.float32)
     images = load_photos(photos, held_out=False).images
     crops = torch.stack([random_crop(image, CropRule(32), (place,)) for place, image in enumerate(images)]) * 2 - 1
     torch.manual_seed(0)
@@ -160,7 +160,7 @@ def test_latents_are_whitened_and_reconstructions_stay(undisturbed: Path, photos
 
 
 def test_pixel_model_and_embedder_open_without_our_code(undisturbed: Path) -> None:
-    tiles = DDPMPipeline.from_pretrained(undisturbed / "nano-ddpm", torch_dtype=torch.float32)
+    tiles = DDPMPipeline.from_pretrained(undisturbed / "nano-ddpm", dtype=torch.float32)
     tiles.set_progress_bar_config(disable=True)
     image = tiles(num_inference_steps=2, output_type="np").images[0]
     assert image.shape == (16, 16, 3)
@@ -282,7 +282,7 @@ def test_curves_are_drawn(undisturbed: Path, tmp_path: Path) -> None:
 
 def test_diffusers_opens_the_folder(undisturbed: Path) -> None:
     out = undisturbed / "nano-sd"
-    pipeline = StableDiffusionPipeline.from_pretrained(out, torch_dtype=torch.float32, safety_checker=None)
+    pipeline = StableDiffusionPipeline.from_pretrained(out, dtype=torch.float32, safety_checker=None)
     pipeline.set_progress_bar_config(disable=True)
     image = pipeline("a photo of sks tram", num_inference_steps=2, output_type="np").images[0]
     assert image.shape == (32, 32, 3)
