@@ -20,7 +20,7 @@ from pipeline.laboratory.figures import Figure
 from pipeline.verify.attack_models import load_pipeline
 from pipeline.verify.customizers.dreambooth import DreamBooth
 from pipeline.verify.embed import Embedder
-from protectors.mist import stripes
+from protectors.mist import MistConfig, checkerboard
 from protectors.reference import NANO_DDPM, NANO_EMBED, NANO_SD
 from protectors.reference.data import CropRule, Photos, centre_crop, load_photos, random_crop
 
@@ -132,14 +132,9 @@ def _sd_figures(order: Evaluation, note: Note) -> list[Figure]:
         found += autoencoder.fragility(
             pipeline.vae, few, f"{len(few)} held-out photos", EncoderAttack(levels=levels), (bar, 8.0)
         )
-    targets = {"stripes": stripes(size, size, 8), "green": torch.tensor(personalization.GREEN).view(1, 3, 1, 1)}
-    found += autoencoder.decoded_change(
-        pipeline.vae,
-        few,
-        f"{len(few)} held-out photos",
-        EncoderAttack(levels=personalization.LEVELS),
-        {name: target.expand(1, 3, size, size) for name, target in targets.items()},
-    )
+    attack = EncoderAttack(levels=personalization.LEVELS)
+    checks = {"Mist's checkerboard": checkerboard(size, size, MistConfig(eps_levels=attack.levels).cell)}
+    found += autoencoder.decoded_change(pipeline.vae, few, f"{len(few)} held-out photos", attack, checks)
     found += denoiser.losses(pipeline, load_photos(order.data, held_out=False, limit=order.photos), held_out)
     note("nano-sd: samples")
     drawn = denoiser.samples(pipeline, denoiser.CAPTIONS, 4, steps=50, guidance=5.0)

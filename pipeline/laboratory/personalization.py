@@ -30,7 +30,6 @@ from protectors.reference.data import centre_crop, decode_photo, read_columns
 MODEL = "nano-sd"
 CLEAN, NOISE, PROTECTED = "clean", "noise", "protected"
 LEVELS = 16
-GREEN = (0.0, 1.0, 0.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,12 +61,8 @@ class Experiment:
     seed: int = 0
 
     def protector_config(self) -> MistConfig:
-        """Of the protection under test: Mist as published, at this experiment's budget and steps.
-
-        The target is plain green, which this encoder confuses more than stripes: `fixative models evaluate` prints by
-        how much the decoded picture changes for either.
-        """
-        return Mist.presets["paper"].replace(eps_levels=LEVELS, steps=self.protector_steps, target_rgb=GREEN)
+        """Of the protection under test: Mist as published, at this experiment's budget and steps."""
+        return Mist.presets["paper"].replace(eps_levels=LEVELS, steps=self.protector_steps)
 
     def fingerprint(self, subject: Subject) -> str:
         """Names all that a subject's scores depend on but library versions, so that no others are taken for them."""
