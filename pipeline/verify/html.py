@@ -64,15 +64,15 @@ def render(document: Mapping[str, Any], strips: Sequence[Strip]) -> str:
 
     Args:
         document: What ``verification.json`` holds. Only the parts that are there are shown.
-        strips: Pictures of sampled assets; they are put into the page.
+        strips: Pictures of sampled assets; they are put into the page. They show originals: such a page does not lie
+            beside the archive, so it names manifests and does not link to them.
 
     Returns:
-        A whole HTML page.
+        A whole HTML page; without strips one for ``reports/<run_id>/`` of the destination.
     """
     document = {name: value for name, value in document.items() if value is not None}
     shards = [_shard(name, facts) for name, facts in (document.get("shards") or {}).items()]
     shown = sorted(shards, key=lambda shard: shard.order)[:MOST_SHARDS]
-    links = _links({shard.id for shard in shown})
     return _ENVIRONMENT.get_template("report.html").render(
         document=document,
         headlines=wording.headlines(document),
@@ -84,7 +84,8 @@ def render(document: Mapping[str, Any], strips: Sequence[Strip]) -> str:
         pictured={strip.title: f"#picture-{place}" for place, strip in enumerate(strips)},
         shards=shown,
         shards_left_out=len(shards) - len(shown),
-        shard_link=links,
+        shard_link=_links({shard.id for shard in shown}),
+        beside_archive=not strips,
     )  # fmt: skip
 
 
@@ -100,7 +101,6 @@ def _environment() -> Environment:
     environment.filters |= {
         "number": wording.number,
         "interval": wording.interval,
-        "limits": wording.limits,
         "treatment": wording.treatment,
         "counted": wording.counted,
         "tone": wording.verdict_tone,
@@ -119,13 +119,8 @@ def _shard(name: str, facts: Mapping[str, Any]) -> _Shard:
 
 
 def _links(shown: set[str]) -> Callable[[str], str]:
-    """Where a shard is looked up: on this page, or in its manifest if it is not shown."""
-
-    def link(shard_id: str) -> str:
-        name = quote(shard_id, safe="")
-        return f"#shard-{name}" if shard_id in shown else f"../../manifests/{name}.json"
-
-    return link
+    """Where a shard stands on this page; empty if it is not shown."""
+    return lambda shard_id: f"#shard-{quote(shard_id, safe='')}" if shard_id in shown else ""
 
 
 def _command(document: Mapping[str, Any], strip: Strip) -> str:

@@ -89,15 +89,10 @@ def verdict_tone(verdict: object, state: object = State.MEASURED) -> Tone:
 
 def headlines(document: Mapping[str, Any]) -> list[Headline]:
     """The findings of a verification, the most telling first."""
-    customization = [_claim(table, document, "customization") for table in _primary(document, "customization")]
+    customization, editing = _claims(document, "customization"), _claims(document, "editing")
     if not customization:
-        customization = [
-            Headline(
-                tone=Tone.VOID, label="Customization: not measured", sentence=NO_CUSTOMIZATION, section="customization"
-            )
-        ]
-    editing = [_claim(table, document, "editing") for table in _primary(document, "editing")]
-    return [*customization, *editing, _objective(document), *_gate(document)]
+        customization = [_nothing("customization", NO_CUSTOMIZATION)]
+    return [*customization, *editing, *_objective(document), *_gate(document)]
 
 
 def warnings(document: Mapping[str, Any]) -> list[str]:
@@ -131,6 +126,17 @@ def _seeds(table: Mapping[str, Any]) -> str:
 
 def _primary(document: Mapping[str, Any], section: str) -> list[Mapping[str, Any]]:
     return [table for table in document.get(section) or () if table["question"].get("primary")]
+
+
+def _claims(document: Mapping[str, Any], section: str) -> list[Headline]:
+    claims = [_claim(table, document, section) for table in _primary(document, section)]
+    if document.get(section) and not claims:
+        return [_nothing(section, "The primary metric has no scores; the other metrics make no headline.")]
+    return claims
+
+
+def _nothing(section: str, sentence: str) -> Headline:
+    return Headline(tone=Tone.VOID, label=f"{section.capitalize()}: not measured", sentence=sentence, section=section)
 
 
 def _part(document: Mapping[str, Any], name: str) -> Mapping[str, Any]:
@@ -188,19 +194,21 @@ def worst_survival(entries: Sequence[Mapping[str, Any]] | None) -> Mapping[str, 
     return min(shares, key=lambda item: float(item["share"]), default=None)
 
 
-def _objective(document: Mapping[str, Any]) -> Headline:
+def _objective(document: Mapping[str, Any]) -> list[Headline]:
     entries = [item for item in document.get("survival") or () if item["purifier"] != UNPURIFIED]
     worst = worst_survival(entries)
+    if not entries and document.get("kind") == "verify":
+        return []  # later verifications attack; they do not look at the objective
     if worst is None:
         why = "there was no gain to lose" if entries else "no image was checked"
         sentence = f"What purifiers leave of the objective's gain is unknown: {why}."
-        return Headline(tone=Tone.VOID, label="Objective: not measured", sentence=sentence, section="survival")
+        return [Headline(tone=Tone.VOID, label="Objective: not measured", sentence=sentence, section="survival")]
     sentence = (
         f"After {treatment(worst['purifier'])}, the worst of {counted(len(entries), 'purifier')}, a share of "
         f"{number(worst['share'])} of the objective's gain is left ({_between(worst, document.get('interval'))}, "
         f"{counted(worst.get('images'), 'image')}). This is what the optimizer pursues, not what an attacker obtains."
     )
-    return Headline(tone=Tone.OPEN, label="Objective left", sentence=sentence, section="survival")
+    return [Headline(tone=Tone.OPEN, label="Objective left", sentence=sentence, section="survival")]
 
 
 def _gate(document: Mapping[str, Any]) -> list[Headline]:

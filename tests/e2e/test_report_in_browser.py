@@ -25,6 +25,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: apt-get install chromium")
 
 DESKTOP, PHONE = (1280, 900), (390, 844)
+A4 = (718, 1040)  # between margins of one centimetre
 DOCUMENTS = {
     "full": (full, strips),
     "hostile": (hostile, strips),
@@ -185,9 +186,10 @@ def test_the_page_forbids_scripts_to_whoever_gets_one_in(page: Page, files: dict
     assert len(page.named("Log.entryAdded")) == 1
 
 
-def test_print_opens_what_is_folded(page: Page, files: dict[str, Path]) -> None:
-    page.open(files["full"], DESKTOP)
-    folded = "document.querySelector('tr.more table').getBoundingClientRect().height"
-    assert page.value(f"document.querySelector('tr.more table').checkVisibility() ? {folded} : 0") == 0
+def test_print_opens_what_is_folded_and_cuts_nothing_off(page: Page, files: dict[str, Path]) -> None:
+    page.open(files["full"], A4)
+    height = "document.querySelector('tr.more details').getBoundingClientRect().height"
+    assert page.value(height) < 40, "the line to click on alone"
     page.send("Emulation.setEmulatedMedia", media="print")
-    assert page.value(folded) > 40
+    assert page.value(height) > 100
+    assert page.value(STICKING_OUT.replace(".scroll > *, .strip > *, ", "")) == []

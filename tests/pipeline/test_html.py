@@ -20,7 +20,8 @@ import pytest
 from pipeline.verify.html import MOST_SHARDS, Strip, render
 from pipeline.verify.plots import Span, Tone, interval_plot
 from pipeline.verify.scores import Cell
-from pipeline.verify.wording import headlines, interval, number, warnings
+from pipeline.verify.tables import Verdict
+from pipeline.verify.wording import headlines, interval, number, verdict_tone, warnings
 from tests.pipeline.report_documents import LEVELS, SCRIPT, decision, full, hostile, many_shards, shard, strips, table
 
 CLEAN, PROTECTED = (Cell.CLEAN, "none"), (Cell.PROTECTED, "none")
@@ -51,7 +52,9 @@ class Elements(HTMLParser):
 
 
 # Kind, purifier and finding of the rows of four-cell tables.
-_ROWS = re.compile(r'<tr class="(\w*)">\s*<th scope="row">(.+?)</th>\s*<td class="wrap">(.*?)</td>', re.DOTALL)
+_ROWS = re.compile(
+    r'<tr class="(\w*)">\s*<th scope="row">(.+?)</th>\s*<td class="n">.*?</td>\s*<td class="wrap">(.*?)</td>', re.DOTALL
+)
 
 
 def words(page: str) -> str:
@@ -136,6 +139,9 @@ def test_a_failed_gate_is_no_protection() -> None:
     for name in ("no purifier", "jpeg75", "chain"):
         assert found[name] == ("void", '<span class="tag void">invalid</span> a gate failed')
     assert "residual protection shown" not in page
+    # Nor does the plot show a row as if it could be read.
+    assert "stroke: var(--ink)" not in page.partition('id="editing"')[0]
+    assert "stroke: var(--ink)" in page
 
 
 def test_an_invalid_row_and_one_that_was_not_run_look_unlike_a_measured_one(page: str) -> None:
@@ -152,6 +158,14 @@ def test_without_customization_the_page_says_so_and_how_to_ask() -> None:
         assert (line.label, line.tone) == ("Customization: not measured", Tone.VOID)
         assert "No customization was measured" in line.sentence
         assert words(render(full() | missing, [])).count("fixative verify") == 2
+
+
+def test_secondary_metrics_make_no_headline() -> None:
+    secondary = table()
+    secondary["question"]["primary"] = False
+    (line, *_) = headlines(full() | {"customization": [secondary]})
+    assert (line.label, line.tone) == ("Customization: not measured", Tone.VOID)
+    assert "primary metric has no scores" in line.sentence
 
 
 def test_a_gate_that_lets_all_pass_does_not_hide_what_is_weak(document: dict[str, Any]) -> None:
@@ -199,6 +213,18 @@ def test_what_was_not_measured_is_not_a_number() -> None:
     assert '<span class="tag void">not measured</span> no gain to lose' in render(document, [])
 
 
+def test_a_later_verification_does_not_speak_of_an_objective_it_does_not_look_at() -> None:
+    later = full() | {"survival": []}
+    assert not any(line.label.startswith("Objective") for line in headlines(later))
+    assert 'id="survival"' not in render(later, [])
+    assert 'id="survival"' in render(later | {"kind": "protect"}, [])
+
+
+def test_only_what_is_measured_has_a_tone() -> None:
+    assert verdict_tone(Verdict.SHOWN) is Tone.GOOD
+    assert {verdict_tone(Verdict.SHOWN, state) for state in ("invalid", "not run", "error", "odd")} == {Tone.VOID}
+
+
 def test_a_state_that_nobody_knows_is_shown_as_it_is() -> None:
     odd = full()
     odd["customization"][0]["rows"][1]["state"] = "half done"
@@ -242,9 +268,16 @@ def test_a_page_needs_nothing_but_itself(page: str) -> None:
     (policy,) = [item["content"] for item in elements.tagged("meta") if "http-equiv" in item]
     assert policy.startswith("default-src 'none'; img-src data:;")
     assert all(source.startswith("data:image/png;base64,") for source in elements.all("src"))
-    links = {link for link in elements.all("href") if not link.startswith("#")}
-    assert links == {"data:,", "verification.json"} | {f"../../manifests/{name}.json" for name in full()["shards"]}
     assert {tag for tag, _ in elements.found} & {"script", "iframe", "object", "form", "base"} == set()
+
+
+def test_a_page_beside_the_archive_links_to_manifests_and_one_with_originals_does_not(page: str) -> None:
+    def outside(text: str) -> set[str]:
+        return {link for link in Elements(text).all("href") if not link.startswith("#")}
+
+    assert outside(page) == {"data:,", "verification.json"}
+    manifests = {f"../../manifests/{name}.json" for name in full()["shards"]}
+    assert outside(render(full(), [])) == {"data:,", "verification.json"} | manifests
 
 
 def test_ids_are_unique_and_links_lead_to_them(page: str) -> None:
@@ -277,7 +310,7 @@ def test_of_many_shards_the_worst_are_shown_and_the_others_counted() -> None:
     assert len(shown) == MOST_SHARDS
     assert shown[:2] == ["shard-00999-aa", "shard-00000-aa"]
     assert "The 200 shards that fare worst. 800 more are in verification.json." in words(page)
-    assert '<a href="../../manifests/shard-00500-aa.json">shard-00500-aa</a>' in page
+    assert "shard-00500-aa, in verification.json" in page
     assert len(page) < 2_000_000
 
 
