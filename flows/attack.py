@@ -30,9 +30,21 @@ console = Console()
 
 Source = Annotated[str, typer.Argument(help="Folder, prefix, Parquet file or tar with images.")]
 Out = Annotated[Path, typer.Argument(help="Folder for the pictures and attack.json.")]
-Count = Annotated[int | None, typer.Option("--count", help="Use the first so many images. [default: all]")]
+Count = Annotated[int, typer.Option("--count", help="Use the first so many images.")]
 Seed = Annotated[int, typer.Option("--seed", help="Of the attack's random draws.")]
 Device = Annotated[str, typer.Option("--device", help="cpu or cuda.")]
+S3Endpoint = Annotated[
+    str | None,
+    typer.Option("--s3-endpoint", help="URL of an S3 service other than AWS.", envvar="FIXATIVE_S3_ENDPOINT"),
+]
+S3Region = Annotated[str | None, typer.Option("--s3-region", help="Region.", envvar="FIXATIVE_S3_REGION")]
+S3Profile = Annotated[
+    str | None,
+    typer.Option(
+        "--s3-profile", help="Profile of ~/.aws; else the usual AWS variables or role.", envvar="FIXATIVE_S3_PROFILE"
+    ),
+]
+FEW = 8  # images; an attack on one takes seconds to minutes
 Models = Annotated[
     list[str] | None,
     typer.Option("--attack-model", help="The attacker's checkpoint, as latent=FOLDER; repeatable. See `attack list`."),
@@ -66,10 +78,13 @@ def purify(
     source: Source,
     out: Out,
     purifier: Annotated[list[str], typer.Option("--purifier", "-p", help="See `attack list`; repeatable.")],
-    count: Count = None,
+    count: Count = FEW,
     seed: Seed = 0,
     device: Device = "cpu",
     attack_model: Models = None,
+    s3_endpoint: S3Endpoint = None,
+    s3_region: S3Region = None,
+    s3_profile: S3Profile = None,
 ) -> None:
     """Purify images; writes OUT/PURIFIER/NAME.png and prints how far each purifier is from the image it got.
 
@@ -80,7 +95,7 @@ def purify(
 
     models = _models(attack_model, device)
     check_purifiers(purifier, models.folders)
-    samples = _samples(source, count)
+    samples = _samples(source, count, _s3(s3_endpoint, s3_region, s3_profile))
     table = Table("purifier", "PSNR to its input, dB", "images")
     for name in purifier:
         values = []
@@ -108,6 +123,9 @@ def customize(
     seed: Seed = 0,
     device: Device = "cpu",
     attack_model: Models = None,
+    s3_endpoint: S3Endpoint = None,
+    s3_region: S3Region = None,
+    s3_profile: S3Profile = None,
 ) -> None:
     """Customize a model on images of one subject and draw from it; writes OUT/drawn-N.png and OUT/before-N.png.
 
@@ -124,7 +142,7 @@ def customize(
     if "{}" not in prompt:
         raise UserError("--prompt: write {} where the subject goes")
     attack = attack_named(customizer, preset)
-    samples = _samples(source, count)
+    samples = _samples(source, count, _s3(s3_endpoint, s3_region, s3_profile))
     base = _models(attack_model, device).get(ModelKind.LATENT)
     side = base.unet.config.sample_size * base.vae_scale_factor
     images = torch.stack([tensor(square(item.pixels, side)) for item in samples]).float() / 255
@@ -162,15 +180,19 @@ def edit(
     cases: Annotated[
         bool, typer.Option("--cases", help="SOURCE holds case folders with one image and prompt.txt (Defense-Edit).")
     ] = False,
-    count: Count = None,
+    count: Count = FEW,
     seed: Seed = 0,
     device: Device = "cpu",
     attack_model: Models = None,
+    s3_endpoint: S3Endpoint = None,
+    s3_region: S3Region = None,
+    s3_profile: S3Profile = None,
 ) -> None:
     """Edit images; writes OUT/EDITOR/NAME.png. Editors that repaint a mask repaint the middle of the image.
 
     Example: fixative attack edit photos/ edited/ -e sdedit-0.5-quick --prompt "a watercolour painting"
     """
+    from pipeline.verify.edit_trial import middle_mask
     from pipeline.verify.editors import EDITORS
     from pipeline.verify.editors.base import Edit
 
@@ -182,11 +204,11 @@ def edit(
     wishes = _cases(Path(source), count) if cases else []
     if not cases:
         given = Edit(target=prompt or "", source=source_prompt)
-        found = _samples(source, count)
+        found = _samples(source, count, _s3(s3_endpoint, s3_region, s3_profile))
         wishes = [(_file_name(item, number), _tensor(item), given) for number, item in enumerate(found)]
     for name in editor:
         for number, (stem, image, wish) in enumerate(track(wishes, description=name, console=console)):
-            masks = _middle(image) if EDITORS[name].needs_mask else None
+            masks = middle_mask(image) if EDITORS[name].needs_mask else None
             edited = EDITORS[name].edit(image, [wish], seeds=[seed + number], models=models, masks=masks)
             _save(edited, out / name / f"{stem}.png")
     _note(out, {"attack": "edit", "seed": seed, "editors": {name: EDITORS[name].parameters() for name in editor}})
@@ -197,7 +219,7 @@ def _first_line(described: type[Any]) -> str:
     return (described.__doc__ or "").strip().splitlines()[0]
 
 
-def _cases(root: Path, count: int | None) -> list[tuple[str, Tensor, Any]]:
+def _cases(root: Path, count: int) -> list[tuple[str, Tensor, Any]]:
     from pipeline.verify.editors.cases import load_cases
 
     found = load_cases(root)
@@ -206,11 +228,15 @@ def _cases(root: Path, count: int | None) -> list[tuple[str, Tensor, Any]]:
     return [(case.id, case.image[None], case.edit) for case in found.cases[:count]]
 
 
-def _samples(source: str, count: int | None) -> list[Sample]:
+def _s3(endpoint: str | None, region: str | None, profile: str | None) -> S3Settings:
+    return S3Settings(endpoint_url=endpoint, region=region, profile=profile)
+
+
+def _samples(source: str, count: int, s3: S3Settings) -> list[Sample]:
     from pipeline.decode import DecodeLimits
     from pipeline.verify.samples import read_samples
 
-    samples, left_out = read_samples(source, count, limits=DecodeLimits(), s3=S3Settings())
+    samples, left_out = read_samples(source, count, limits=DecodeLimits(), s3=s3)
     for reason in left_out:
         console.print(f"left out {reason}", style="yellow", markup=False)
     return samples
@@ -234,14 +260,6 @@ def _tensor(sample: Sample) -> Tensor:
     from pipeline.verify.trial import tensor
 
     return tensor(sample.pixels)[None]
-
-
-def _middle(image: Tensor) -> Tensor:
-    """A mask of the middle half of the image in either direction."""
-    height, width = image.shape[-2:]
-    masks = image.new_zeros((1, 1, height, width)).float()
-    masks[..., height // 4 : height - height // 4, width // 4 : width - width // 4] = 1
-    return masks
 
 
 def _file_name(sample: Sample, number: int) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,10 +19,10 @@ from prefect.cache_policies import NO_CACHE
 from flows.progress import observer
 from flows.verify_table import verdicts
 from pipeline.config import VerifyConfig
-from pipeline.errors import PipelineError
+from pipeline.errors import NotFound, PipelineError, UserError
 from pipeline.ids import sha256_hex
-from pipeline.storage import json_bytes
-from pipeline.verify.campaign import Campaign, Target, plan_campaign
+from pipeline.storage import get_json, json_bytes, same_or_nested
+from pipeline.verify.campaign import Campaign, Target, plan_campaign, progress
 from pipeline.verify.html import Strip, render
 from pipeline.verify.report import campaign_document, write_campaign
 from pipeline.verify.trial import TrialResult
@@ -39,11 +41,16 @@ class Verified:
     report_key: str = ""
     # Of the page with pictures, where one was asked for.
     page: Path | None = None
+    # Shards that could not be attacked, with the reason.
     failed: dict[str, str] = field(default_factory=dict)
 
 
 class VerificationIncomplete(PipelineError):
-    """Some shards could not be attacked. What is measured stays; the same command goes on."""
+    """Some shards could not be attacked. What is measured stays and is reported; the same command goes on."""
+
+    def __init__(self, verified: Verified) -> None:
+        super().__init__("; ".join(f"{shard}: {why}" for shard, why in verified.failed.items()))
+        self.verified = verified
 
 
 @task(name="attack", cache_policy=NO_CACHE)
@@ -52,10 +59,14 @@ def attack_archive(verified: Verified, pictures: Path | None) -> None:
     from pipeline.ray_job import Failed, cluster, dashboard_url
     from pipeline.ray_verify import run_campaign
 
-    with cluster(verified.campaign.config.run) as pool:
+    campaign = verified.campaign
+    counts = progress(campaign, verified.targets)
+    observer().step("attack", counts["planned"]["trials"], counts["done"]["trials"])
+    if counts["done"] == counts["planned"]:
+        return
+    with cluster(campaign.config.run) as pool:
         observer().note(f"{pool.actors} {pool.device} actors; Ray dashboard: {dashboard_url() or 'off'}")
-        observer().step("attack", _planned(verified))
-        for result in run_campaign(verified.campaign, pool, verified.targets):
+        for result in run_campaign(campaign, pool, verified.targets):
             if isinstance(result, Failed):
                 verified.failed[result.shard_id] = result.error
                 continue
@@ -64,20 +75,16 @@ def attack_archive(verified: Verified, pictures: Path | None) -> None:
                 _keep(result, pictures)
 
 
-def _planned(verified: Verified) -> int:
-    settings = verified.campaign.config.attack
-    cells = 3 + 2 * len(settings.purifiers)
-    return sum(target.groups * cells + target.edited * len(settings.editors) for target in verified.targets)
-
-
 def _keep(result: TrialResult, pictures: Path) -> None:
-    shard_id = result.key.split("/")[-2]
+    """Every trial leaves a folder, within that of its group or image."""
+    shard_id, name = result.key.split("/")[-2:]
     folder = pictures / sha256_hex(f"{shard_id}|{result.title}")[:16]  # titles are customers' names
-    folder.mkdir(parents=True, exist_ok=True)
+    own = folder / name.removesuffix(".json")
+    own.mkdir(parents=True, exist_ok=True)
     about = {"title": result.title, "shard_id": shard_id, "row": result.row}
     (folder / "about.json").write_text(json.dumps(about), encoding="utf-8")
-    for name, data in result.pictures.items():
-        (folder / f"{name}.png").write_bytes(data)
+    for label, data in result.pictures.items():
+        (own / f"{label}.png").write_bytes(data)
 
 
 @flow(name="verify-archive")
@@ -90,25 +97,64 @@ def verify_archive(config: VerifyConfig, out: Path | None = None) -> Verified:
 
     Raises:
         UserError: The attack cannot run as configured.
-        VerificationIncomplete: Some shards could not be attacked.
+        VerificationIncomplete: Some shards could not be attacked; holds what was measured on the others.
     """
     campaign, targets = plan_campaign(config)
+    if out is not None:
+        _check_apart(out, campaign, targets)
     verified = Verified(campaign=campaign, targets=targets)
-    attack_archive(verified, None if out is None else out / "pictures")
-    if verified.failed:
-        raise VerificationIncomplete("; ".join(f"{shard}: {why}" for shard, why in verified.failed.items()))
-    manifests = [target.manifest for target in targets]
-    verified.document = campaign_document(campaign, manifests)
-    verified.report_key = write_campaign(campaign, verified.document)
+    pictures = None if out is None else out / "pictures" / campaign.campaign_id
+    attack_archive(verified, pictures)
+    counts = progress(campaign, targets)
+    _tell_shortfall(counts)
+    document = campaign_document(campaign, [target.manifest for target in targets])
+    document["attack"]["digests"] = dict(campaign.digests)
+    verified.document = document | counts | {"failed": verified.failed}
+    verified.report_key = _store(campaign, verified.document)
     table = verdicts(verified.document)
     create_table_artifact(key="verify-verdict", table=table, description=campaign.destination().url)
-    if out is not None:
-        strips = _strips(out / "pictures")
-        verified.page = out / "report.html"
-        verified.page.write_text(render(verified.document, strips), encoding="utf-8")
-        (out / "verification.json").write_bytes(json_bytes(verified.document))
+    if out is not None and pictures is not None:
+        verified.page = _write_page(verified.document, out, pictures)
         create_markdown_artifact(key="verify-report", markdown=f"Report with pictures: `{verified.page}`")
+    if verified.failed:
+        raise VerificationIncomplete(verified)
     return verified
+
+
+def _check_apart(out: Path, campaign: Campaign, targets: Sequence[Target]) -> None:
+    for url in {campaign.destination().url, *(campaign.source(target).url for target in targets)}:
+        if same_or_nested(str(out), url):
+            raise UserError(f"--out {out} and {url} overlap: its pictures would get into the archive. Choose another")
+
+
+def _tell_shortfall(counts: dict[str, dict[str, int]]) -> None:
+    for kind, name in (("groups", "groups"), ("images", "edited images")):
+        planned, done = counts["planned"][kind], counts["done"][kind]
+        if done < planned:
+            observer().note(f"{done} of {planned} {name}: the chosen shards hold no more, or could not be attacked")
+
+
+def _store(campaign: Campaign, document: dict[str, Any]) -> str:
+    """Stores the report; one of an earlier run that missed shards makes room for it."""
+    destination, folder = campaign.destination(), f"reports/verify-{campaign.campaign_id}"
+    with suppress(NotFound):
+        if get_json(destination, f"{folder}/verification.json")["failed"]:
+            # The page first: as long as the document is there, a run that dies in between is repeated.
+            destination.delete(f"{folder}/report.html")
+            destination.delete(f"{folder}/verification.json")
+    return write_campaign(campaign, document)
+
+
+def _write_page(document: dict[str, Any], out: Path, pictures: Path) -> Path:
+    """Writes the report with the pictures that trials left on this machine."""
+    done, here = document["done"]["trials"], len([path for path in pictures.glob("*/*") if path.is_dir()])
+    if here < done:
+        observer().note(f"{done - here} trials were done before; their pictures are not here")
+    page = out / "report.html"
+    out.mkdir(parents=True, exist_ok=True)
+    page.write_text(render(document, _strips(pictures)), encoding="utf-8")
+    (out / "verification.json").write_bytes(json_bytes(document))
+    return page
 
 
 def _strips(pictures: Path) -> list[Strip]:
@@ -118,7 +164,7 @@ def _strips(pictures: Path) -> list[Strip]:
 
 
 def _strip(folder: Path) -> Strip:
-    found = {file.stem: file.read_bytes() for file in sorted(folder.glob("*.png"), key=_place)}
+    found = {file.stem: file.read_bytes() for file in sorted(folder.glob("*/*.png"), key=_place)}
     if "original" in found and "protected" in found:
         difference = {f"difference x{AMPLIFIED}": _difference(found["original"], found["protected"])}
         first = {name: found.pop(name) for name in ("original", "protected")}

@@ -6,8 +6,11 @@ import uuid
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
+
 from pipeline.ray_job import LOAD_CPUS, Batch, Failed, Pool, each, on_actors, results, source
 from pipeline.storage import put_json_new
+from pipeline.verify.attack_models import AttackModels
 from pipeline.verify.campaign import Campaign, Target, prepare_target
 from pipeline.verify.edit_trial import EditTrial, run_edit_trial
 from pipeline.verify.trial import Trial, TrialBench, TrialResult
@@ -28,8 +31,11 @@ class Attacks:
     """Stage: a trial is run. One instance per actor; the attacker's models are loaded with it."""
 
     def __init__(self, campaign: Campaign, device: str) -> None:
+        if device == "cpu":
+            # Sums are rounded by thread count: a fixed number keeps scores equal on every pool size.
+            torch.set_num_threads(campaign.config.run.threads)
         self.campaign = campaign
-        self.bench = TrialBench(campaign.attack, device=device)
+        self.bench = TrialBench(campaign.attack, AttackModels(campaign.attack.models, device=device))
 
     def __call__(self, batch: Batch) -> Iterator[Batch]:
         yield from each(batch, self._one)

@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path, PurePosixPath
 
-from pipeline.config import VerifyConfig
+from pipeline.config import AttackSettings, VerifyConfig
 from pipeline.decode import DecodeLimits
 from pipeline.errors import IntegrityError, UserError
 from pipeline.ids import asset_seed, fingerprint, sha256_hex
-from pipeline.job import code_version, model_folder, storage_options
-from pipeline.manifest import Manifest, success_manifests
-from pipeline.plan import Shard
-from pipeline.storage import Store, get_json, in_parallel, open_store
-from pipeline.verify.attack_models import ModelKind, with_embedded
+from pipeline.job import archive_store, code_version, model_folder, storage_options
+from pipeline.manifest import SUCCESS_KEY, Manifest, read_success
+from pipeline.plan import BINDING_KEY, Shard
+from pipeline.storage import Store, check_conditional_writes, get_json, in_parallel, open_store
+from pipeline.verify.attack_models import AttackModels, ModelKind, ModelMissing, with_embedded
 from pipeline.verify.customizers import customizer
 from pipeline.verify.edit_trial import EditTrial
 from pipeline.verify.editors import EDITORS
 from pipeline.verify.editors.base import Edit
 from pipeline.verify.groups import DEFAULT_CLASS, Candidate
-from pipeline.verify.purifiers import check_purifiers
+from pipeline.verify.purifiers import PURIFIERS, check_purifiers
 from pipeline.verify.specimens import Specimens
-from pipeline.verify.trial import Attack, Trial
+from pipeline.verify.trial import Attack, Trial, cells_of
 from pipeline.verify.trials import Selection, shard_trials, squares
-from protectors.model_files import ModelError, model_base_size, model_digest
+from protectors.model_files import ModelError, model_base_size
+from protectors.reference import ReferenceModelError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,11 +47,15 @@ class Campaign:
     """A resolved verification. Plain data: it is sent to every process of the run."""
 
     config: VerifyConfig
-    # Names everything that decides the numbers: settings, the attacker's model, the shards, the code.
+    # Names everything that decides the numbers: settings, the attacker's checkpoints, the shards, the code.
     campaign_id: str
     attack: Attack
-    source_url: str
+    # Of the checkpoints that the attacks load, by kind.
+    digests: Mapping[str, str]
+    # What the destination is bound to.
     config_fp: str
+    # What images were accepted when they were protected.
+    limits: DecodeLimits
 
     @property
     def prefix(self) -> str:
@@ -54,139 +63,220 @@ class Campaign:
         return f"verifications/{self.campaign_id}/"
 
     @property
-    def limits(self) -> DecodeLimits:
-        """What images are accepted."""
-        return DecodeLimits(max_pixels=self.config.limits.max_pixels, min_side=self.config.limits.min_side)
+    def groups_prefix(self) -> str:
+        """Where its trials on groups lie, by shard."""
+        return f"{self.prefix}groups/"
+
+    @property
+    def images_prefix(self) -> str:
+        """Where its trials on single images lie, by shard."""
+        return f"{self.prefix}images/"
 
     def destination(self) -> Store:
         """The protected archive."""
-        return open_store(self.config.destination, storage_options(self.config.run.s3))
+        return _destination(self.config)
 
-    def source(self) -> Store:
-        """The archive it was made from."""
-        return open_store(self.source_url, storage_options(self.config.run.s3))
+    def source(self, target: Target) -> Store:
+        """The archive that the shard was made from: the one given, or where its manifest says."""
+        if self.config.source is not None:
+            return archive_store(self.config.source, self.config.run.s3)[0]
+        uri, key = target.manifest.source["uri"], target.manifest.source["key"]
+        return open_store(str(uri).removesuffix(f"/{key}"), storage_options(self.config.run.s3))
+
+    def trial_keys(self, shard_id: str = "") -> list[str]:
+        """The keys of the trials that are stored, of one shard or of all."""
+        destination, prefixes = self.destination(), (self.groups_prefix, self.images_prefix)
+        return [item.key for prefix in prefixes for item in destination.list(prefix + shard_id)]
 
 
 def plan_campaign(config: VerifyConfig) -> tuple[Campaign, list[Target]]:
-    """Checks every name, reads the manifests, and deals groups and images out to shards by hash.
+    """Checks every name, and deals groups and images out to the published shards by hash.
 
     Raises:
-        UserError: An attack or model is unknown, or nothing was ever protected here.
+        UserError: An attack or model is unknown or missing, nothing was ever protected here, or the store cannot
+            refuse a second writer.
+        IntegrityError: A chosen manifest is not the one that was published.
     """
-    attack_settings = config.attack
-    models = with_embedded(attack_settings.models)
-    check_purifiers(attack_settings.purifiers, models)
-    customizer(attack_settings.customizer, attack_settings.customizer_preset, attack_settings.customizer_overrides)
-    if unknown := set(attack_settings.editors) - set(EDITORS):
-        raise UserError(f"no editor named {min(unknown)!r}; `fixative attack list` shows what there is")
-    if not attack_settings.groups and not attack_settings.edited:
-        raise UserError("nothing to attack: ask for --groups or --edited images")
+    settings = config.attack
+    models = with_embedded(settings.models)
+    _check_attacks(settings, models)
     try:
-        folder = model_folder(models[ModelKind.LATENT])
-        digest, side = model_digest(folder), model_base_size(folder)
-    except ModelError as error:
+        folders = {kind: Path(model_folder(name)) for kind, name in models.items()}
+        side = model_base_size(str(folders[ModelKind.LATENT]))
+    except (ModelError, ReferenceModelError) as error:
         raise UserError(str(error)) from error
-    destination = open_store(config.destination, storage_options(config.run.s3))
-    manifests = [item for item in success_manifests(destination) if item.data is not None]
-    if not manifests:
-        raise UserError(f"{destination.url} holds no protected images")
+    destination = _destination(config)
+    targets = _targets(destination, settings)
+    check_conditional_writes(destination)
+    binding = get_json(destination, BINDING_KEY)
+    digests = {str(kind): folder_digest(folders[kind]) for kind in models if _uses(settings, kind, models)}
     fields = {
-        "attack": attack_settings.model_dump(mode="json"),
-        "model": digest,
-        "shards": [[item.shard_id, item.logical_sha256] for item in manifests],
+        "attack": settings.model_dump(mode="json", exclude={"models"}),
+        "models": digests,
+        "shards": [[target.shard.shard_id, target.manifest.logical_sha256] for target in targets],
+        "config": binding["config_fingerprint"],
         "code": code_version(),
     }
     campaign = Campaign(
         config=config,
         campaign_id=fingerprint(fields)[:16],
         attack=Attack(
-            customizer=attack_settings.customizer,
-            preset=attack_settings.customizer_preset,
-            overrides=attack_settings.customizer_overrides,
+            customizer=settings.customizer,
+            preset=settings.customizer_preset,
+            overrides=settings.customizer_overrides,
             models=models,
             side=side,
-            generated=attack_settings.generated,
-            seed=attack_settings.seed,
+            generated=settings.generated,
+            seed=settings.seed,
         ),
-        source_url=config.source or _source_of(manifests[0]),
-        config_fp=manifests[0].config_fingerprint,
+        digests=digests,
+        config_fp=binding["config_fingerprint"],
+        limits=DecodeLimits(**binding["fields"]["limits"]),
     )
-    return campaign, _targets(campaign, destination, manifests)
+    return campaign, targets
 
 
-def _source_of(manifest: Manifest) -> str:
-    uri, key = manifest.source["uri"], manifest.source["key"]
-    return str(uri).removesuffix(f"/{key}")
+def folder_digest(folder: Path) -> str:
+    """SHA-256 over the sorted relative names and contents of all JSON, text and safetensors files of a checkpoint."""
+    total = hashlib.sha256()
+    files = {file.relative_to(folder).as_posix(): file for kind in ("json", "txt", "safetensors")
+             for file in folder.rglob(f"*.{kind}")}  # fmt: skip
+    for name, file in sorted(files.items()):
+        with file.open("rb") as stream:
+            total.update(f"{name}\0{hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+    return total.hexdigest()
 
 
-def _targets(campaign: Campaign, destination: Store, manifests: Sequence[Manifest]) -> list[Target]:
-    """Deals groups and images out in rounds over the shards, in an order that their hashes decide."""
-    settings = campaign.config.attack
-    ranked = sorted(manifests, key=lambda item: sha256_hex(f"{settings.salt}|{item.shard_id}"))
-    shares = {
-        item.shard_id: [settings_count // len(ranked) + (place < settings_count % len(ranked))
-                        for settings_count in (settings.groups, settings.edited)]
-        for place, item in enumerate(ranked)
-    }  # fmt: skip
-    chosen = [item for item in ranked if any(shares[item.shard_id])]
-    shards = in_parallel(partial(_shard, destination), chosen)
+def _destination(config: VerifyConfig) -> Store:
+    return open_store(config.destination, storage_options(config.run.s3), single_writer=config.run.single_writer)
+
+
+def _check_attacks(settings: AttackSettings, models: Mapping[ModelKind, str]) -> None:
+    check_purifiers(settings.purifiers, models)
+    customizer(settings.customizer, settings.customizer_preset, settings.customizer_overrides)
+    for name in settings.editors:
+        if name not in EDITORS:
+            raise UserError(f"no editor named {name!r}; `fixative attack list` shows what there is")
+        if EDITORS[name].needs not in models:
+            raise ModelMissing(EDITORS[name].needs)
+    if not settings.groups and not settings.edited:
+        raise UserError("nothing to attack: ask for --groups or --edited images")
+
+
+def _uses(settings: AttackSettings, kind: ModelKind, models: Mapping[ModelKind, str]) -> bool:
+    """Whether an attack loads this kind of checkpoint; all images are brought to the latent model's size."""
+    others = AttackModels({name: folder for name, folder in models.items() if name is not kind})
+    purifiers = any(PURIFIERS[name].missing(others) is kind for name in settings.purifiers)
+    editors = settings.edited > 0 and any(EDITORS[name].needs is kind for name in settings.editors)
+    return kind is ModelKind.LATENT or purifiers or editors
+
+
+def _targets(destination: Store, settings: AttackSettings) -> list[Target]:
+    """Deals groups and images out in rounds over the published shards, in an order that their hashes decide."""
+    success = read_success(destination)
+    if success is None:
+        raise UserError(f"{destination.url} holds no {SUCCESS_KEY}: no run has finished here yet")
+    # Originals of superseded shards have been replaced: there is nothing left to compare with.
+    names = {PurePosixPath(key).stem: key for key, entry in success["manifests"].items() if entry["rows_ok"]}
+    open_names = names.keys() - success["superseded"].keys()
+    if not open_names:
+        raise UserError(f"{destination.url} holds no protected images whose originals are still there")
+    ranked = sorted(open_names, key=lambda name: sha256_hex(f"{settings.salt}|{name}"))
+    entries = [(names[name], success["manifests"][names[name]]["sha256"])
+               for name in ranked[: max(settings.groups, settings.edited)]]  # fmt: skip
+    manifests = in_parallel(partial(_published, destination), entries)
     return [
-        Target(shard=shard, manifest=item, groups=shares[item.shard_id][0], edited=shares[item.shard_id][1])
-        for shard, item in zip(shards, chosen, strict=True)
+        Target(
+            shard=_shard(manifest),
+            manifest=manifest,
+            groups=_share(settings.groups, place, len(ranked)),
+            edited=_share(settings.edited, place, len(ranked)),
+        )
+        for place, manifest in enumerate(manifests)
     ]
 
 
-def _shard(destination: Store, manifest: Manifest) -> Shard:
-    for item in destination.list("plans/plan-"):
-        document = get_json(destination, item.key)
-        for entry in document["shards"]:
-            if entry["shard_id"] == manifest.shard_id:
-                return Shard(**entry | {"rung": manifest.rung})
-    raise IntegrityError(f"{destination.url}: no plan lists {manifest.shard_id}, which is committed")
+def _share(count: int, place: int, shards: int) -> int:
+    return count // shards + (place < count % shards)
+
+
+def _published(destination: Store, entry: tuple[str, str]) -> Manifest:
+    key, digest = entry
+    data = destination.get(key)
+    if sha256_hex(data) != digest:
+        raise IntegrityError(f"{destination.url}/{key} is not the manifest that was published")
+    return Manifest(**json.loads(data))
+
+
+def _shard(manifest: Manifest) -> Shard:
+    source = manifest.source
+    return Shard(
+        shard_id=manifest.shard_id,
+        kind=source["kind"],
+        key=source["key"],
+        etag=source["etag"],
+        size=source["size"],
+        rows=manifest.rows_in,
+        units=0,  # manifests do not tell; only listings of plans show it
+        plan_id=manifest.plan_id,
+        rung=manifest.rung,
+    )
 
 
 def prepare_target(campaign: Campaign, target: Target) -> Iterator[Trial | EditTrial]:
-    """Yields the trials of one shard that are not stored yet."""
-    settings = campaign.config.attack
+    """Yields the trials of one shard that are not stored yet.
+
+    Raises:
+        IntegrityError: A stored image is not what its row says.
+        SourceChanged: An original is no longer there.
+    """
+    settings, shard_id = campaign.config.attack, target.shard.shard_id
     specimens = Specimens(
         destination=campaign.destination(),
-        source=campaign.source(),
+        source=campaign.source(target),
         shard=target.shard,
-        config_fp=campaign.config_fp,
+        config_fp=target.manifest.config_fingerprint,
         manifest=target.manifest,
         subject_column=settings.subject_column,
         class_column=settings.class_column,
     )
-    prefix = f"{campaign.prefix}{target.shard.shard_id}/"
-    stored = {item.key for item in campaign.destination().list(prefix)}
     selection = Selection(
         groups=target.groups,
+        groups_key=f"{campaign.prefix}chosen/{shard_id}.json",
         salt=settings.salt,
         side=campaign.attack.side,
         purifiers=settings.purifiers,
         limits=campaign.limits,
     )
+    stored = set(campaign.trial_keys(shard_id))
     if target.groups:
-        yield from shard_trials(specimens, selection, prefix, stored)
-    ranked = sorted(specimens.candidates(), key=lambda item: sha256_hex(f"{settings.salt}|edit|{item.source_sha256}"))
-    for candidate in ranked[: target.edited]:
-        keys = {name: f"{prefix}{candidate.source_sha256[:12]}-{name}.json" for name in settings.editors}
+        yield from shard_trials(specimens, selection, f"{campaign.groups_prefix}{shard_id}/", stored)
+    for candidate in _edited(specimens.candidates(), target.edited, settings.salt):
+        prefix = f"{campaign.images_prefix}{shard_id}/{candidate.source_sha256[:12]}"
+        keys = {name: f"{prefix}-{name}.json" for name in settings.editors}
         if missing := {name: key for name, key in keys.items() if key not in stored}:
             yield from _edit_trials(campaign, specimens, selection, candidate, missing)
 
 
+def _edited(candidates: Sequence[Candidate], count: int, salt: str) -> list[Candidate]:
+    """The images of one shard that are edited, by hash; equal ones count once."""
+    distinct = {item.source_sha256: item for item in sorted(candidates, key=lambda item: item.asset_id)}
+    return sorted(distinct.values(), key=lambda item: sha256_hex(f"{salt}|edit|{item.source_sha256}"))[:count]
+
+
 def _edit_trials(
-    campaign: Campaign, specimens: Specimens, selection: Selection, candidate: Candidate, missing: dict[str, str]
+    campaign: Campaign, specimens: Specimens, selection: Selection, candidate: Candidate, missing: Mapping[str, str]
 ) -> Iterator[EditTrial]:
-    wish = campaign.config.attack.edit_prompt
-    word = candidate.class_word
-    name = candidate.source_sha256
+    wish, word = campaign.config.attack.edit_prompt, candidate.class_word
+    name, shard_id = candidate.source_sha256, specimens.shard.shard_id
     clean = squares(specimens.originals([candidate]), selection)[name]
     protected = squares(specimens.protected([candidate]), selection)[name]
     for editor, key in missing.items():
         yield EditTrial(
             key=key,
-            unit=candidate.asset_id,
+            shard_id=shard_id,
+            asset_id=candidate.asset_id,
+            unit=f"{shard_id}/{name[:12]}",
             editor=editor,
             edit=Edit(
                 target=wish if word is None else f"{wish} of a {word}", source=f"a photo of a {word or DEFAULT_CLASS}"
@@ -196,3 +286,18 @@ def _edit_trials(
             purifiers=selection.purifiers,
             seed=asset_seed(name, str(campaign.attack.seed), editor),
         )
+
+
+def progress(campaign: Campaign, targets: Sequence[Target]) -> dict[str, dict[str, int]]:
+    """What was planned and what is stored of it: groups and edited images that are complete, and single trials."""
+    settings = campaign.config.attack
+    cells, editors = len(cells_of(list(set(settings.purifiers)))), len(set(settings.editors))
+    planned = {"groups": sum(target.groups for target in targets), "images": sum(target.edited for target in targets)}
+    stored = [PurePosixPath(key).relative_to(campaign.prefix).parts for key in campaign.trial_keys()]
+    trials = Counter((kind, shard, name.partition("-")[0]) for kind, shard, name in stored)
+    needed = {"groups": cells, "images": editors}
+    complete = Counter(kind for (kind, _, _), count in trials.items() if count == needed[kind])
+    return {
+        "planned": {**planned, "trials": sum(planned[kind] * needed[kind] for kind in planned)},
+        "done": {**{kind: complete[kind] for kind in planned}, "trials": len(stored)},
+    }
