@@ -18,6 +18,8 @@ from flows.settings import job_config, overrides_of, settings
 from pipeline.config import JobConfig, S3Settings, VerifyConfig
 from pipeline.errors import PipelineError, UserError
 from pipeline.run import preflight
+from protectors.model_files import ModelError
+from protectors.reference import ReferenceModelError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -208,7 +210,7 @@ def verify(
     destination: Finished,
     source: Annotated[str | None, typer.Option("--source", help="The originals. [default: as protected from]")] = None,
     config: Annotated[
-        Path | None, typer.Option("--config", "-c", help="Settings (YAML: attack, run, limits). Options win over it.")
+        Path | None, typer.Option("--config", "-c", help="Settings (YAML: attack, run). Options win over it.")
     ] = None,
     groups: Annotated[
         int | None, typer.Option("--groups", help="Groups of images to customize models on. [default: 10]")
@@ -231,6 +233,10 @@ def verify(
         Path | None, typer.Option("--out", help="Folder of this machine for a page with pictures (they show originals)")
     ] = None,
     actors: Annotated[int | None, typer.Option("--actors", help="Attackers. [default: one per GPU or core]")] = None,
+    single_writer: Annotated[
+        bool | None,
+        _option("--single-writer", panel=RUN, help="Stores without conditional writes: only one run at a time."),
+    ] = None,
     s3_endpoint: S3Endpoint = None,
     s3_region: S3Region = None,
     s3_profile: S3Profile = None,
@@ -254,6 +260,7 @@ def verify(
         "attack.subject_column": subject_column,
         "attack.class_column": class_column,
         "run.actors": actors,
+        "run.single_writer": single_writer,
         "run.s3.endpoint_url": s3_endpoint,
         "run.s3.region": s3_region,
         "run.s3.profile": s3_profile,
@@ -316,10 +323,14 @@ def run_verification(config: VerifyConfig, out: Path | None) -> None:
     """Runs the flow with progress on the terminal and prints what was measured."""
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")  # this command prints errors itself, in one line
     from flows.progress import shown_on
-    from flows.verify import verify_archive
+    from flows.verify import VerificationIncomplete, verify_archive
 
-    with shown_on(console):
-        verified = verify_archive(config, out)
+    try:
+        with shown_on(console):
+            verified = verify_archive(config, out)
+    except VerificationIncomplete as incomplete:
+        show.verified(console, incomplete.verified)
+        raise
     show.verified(console, verified)
 
 
@@ -339,7 +350,7 @@ def main(run: Callable[[], Any] = app) -> None:
     signal.signal(signal.SIGTERM, _on_sigterm)
     try:
         run()
-    except UserError as error:
+    except (UserError, ModelError, ReferenceModelError) as error:
         errors.print(f"fixative: {error}", style="red", highlight=False, soft_wrap=True, markup=False)
         sys.exit(2)
     except PipelineError as error:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -20,9 +19,7 @@ from pipeline.job import Job
 from pipeline.manifest import Manifest, read_commits, read_manifests, read_success, says
 from pipeline.plan import Plan, Shard, plan_columns
 from pipeline.run import Tally, Task, cut_waves, prepare, publish, raised
-from pipeline.storage import in_parallel
 from pipeline.verify.check import UNPURIFIED
-from pipeline.verify.gate import decide
 from pipeline.verify.report import read_verification, write_verification
 from pipeline.verify.statistics import Survival
 
@@ -108,9 +105,15 @@ def check_wave(job: Job, pool: Any, shards: Sequence[Shard], tally: Tally) -> No
 @task(name="gate-wave", cache_policy=NO_CACHE)
 def gate_wave(job: Job, shards: Sequence[Shard], tally: Tally) -> tuple[list[Shard], list[Shard]]:
     """Decides on checked shards: those that may be committed, and those that a stronger preset is tried on."""
+    from pipeline.ray_job import Failed, decide_shards
+
     ready: list[Shard] = []
     weak: list[Shard] = []
-    for shard, decision in zip(shards, in_parallel(partial(decide, job), shards), strict=True):
+    for result in decide_shards(job, shards):
+        if isinstance(result, Failed):
+            tally.failed[result.shard_id] = result.error
+            continue
+        shard, decision = result
         if decision.outcome != "pass":
             observer().note(f"{shard.shard_id}: {decision}")
         if decision.outcome == "fail":

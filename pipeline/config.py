@@ -78,7 +78,7 @@ class GateSettings(_Settings):
     metric: GateMetric = "survival"
     # Purifiers that count. Empty: all of the check.
     purifiers: tuple[str, ...] = ()
-    # A shard below it, or without a measurement, is not good enough.
+    # A shard below it is not good enough.
     threshold: Annotated[float, Field(ge=-1, le=1)] = 0.5
     # pass: commit whatever is measured; flag: commit and say so; fail: do not commit;
     # strengthen: protect the shard again with the next preset of the ladder.
@@ -87,6 +87,8 @@ class GateSettings(_Settings):
     ladder: tuple[str, ...] = ()
     # What becomes of a shard that the last preset of the ladder does not save.
     finally_: Annotated[Literal["flag", "fail"], Field(alias="finally")] = "fail"
+    # What becomes of a shard that cannot be measured: too few images for groups, or nothing gained that could survive.
+    unmeasured: Literal["pass", "flag", "fail"] = "flag"
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -126,7 +128,10 @@ class CheckSettings(_Settings):
     @model_validator(mode="after")
     def _gate_has_its_metric(self) -> Self:
         if self.gate.action != "pass" and self.gate.metric == "effect" and self.groups < 3:
-            raise ValueError("the gate's metric 'effect' needs groups of at least 3: fewer have no interval")
+            raise ValueError("the gate's metric 'effect' needs groups of at least 3: it is a mean over groups")
+        measured = self.purifiers if self.gate.metric == "survival" else self.customize_after
+        if unknown := sorted(set(self.gate.purifiers) - set(measured)):
+            raise ValueError(f"the gate counts {', '.join(unknown)}, which its check does not measure")
         if self.gate.action != "pass" and not self.min_per_shard:
             raise ValueError("a gate needs min_per_shard of at least 1: it cannot judge a shard that is not checked")
         return self
@@ -221,7 +226,6 @@ class VerifyConfig(_Settings):
     source: str | None = None
     attack: AttackSettings = AttackSettings()
     run: RunSettings = RunSettings()
-    limits: LimitSettings = LimitSettings()
 
 
 class JobConfig(_Settings):

@@ -15,7 +15,7 @@ from pipeline.storage import StorageOptions, Store, open_store
 from protectors.base import ImageProtector
 from protectors.config import ProtectorConfig
 from protectors.model_files import ModelError, model_base_size, model_digest, resolve_folder
-from protectors.reference import NANO_SD, ReferenceModelError, reference_path, verify_reference
+from protectors.reference import PINNED, ReferenceModelError, reference_path, verify_reference
 from protectors.registry import UnknownProtector, protector_class
 
 MODEL_FREE_SIDE = 512  # training scale of methods that use no model
@@ -90,6 +90,8 @@ def resolve(config: JobConfig) -> Job:
     chosen, settings = protector_settings(config)
     gate = config.job.check.gate
     ladder = [settings, *(protector_settings(config, preset)[1] for preset in gate.ladder)]
+    if len({fingerprint(rung.to_dict()) for rung in ladder}) < len(ladder):
+        raise UserError("two rungs of the gate's ladder are equal: name stronger presets, and no eps that levels them")
     check_attacks(config.job.check)
     folder, base_size = find_model(config)
     digest = model_digest(folder) if folder else NO_MODEL
@@ -144,8 +146,13 @@ def check_attacks(check: CheckSettings) -> None:
     from pipeline.verify.purifiers import check_purifiers
 
     models = with_embedded(check.models)
-    check_purifiers([*check.purifiers, *check.customize_after, *check.gate.purifiers], models)
+    check_purifiers([*check.purifiers, *check.customize_after], models)
     customizer(check.customizer, check.customizer_preset, check.customizer_overrides)
+    for name in check.models.values():
+        try:
+            model_folder(name)
+        except (ModelError, ReferenceModelError) as error:
+            raise UserError(str(error)) from error
 
 
 def protector_settings(
@@ -177,13 +184,13 @@ def protector_settings(
 
 
 def model_folder(name: str) -> str:
-    """The model's folder on this machine: the embedded model by name, a folder, or the snapshot of a hub id.
+    """The model's folder on this machine: an embedded model by name, a folder, or the snapshot of a hub id.
 
     Raises:
         ModelError: There is none.
         ReferenceModelError: The embedded model is damaged.
     """
-    if name == NANO_SD:
+    if name in PINNED:
         verify_reference(name)
         return str(reference_path(name))
     return str(resolve_folder(name))

@@ -27,9 +27,10 @@ from pipeline.plan import Shard
 from pipeline.run import Task
 from pipeline.verify.attack_models import AttackModels
 from pipeline.verify.check import Check, measure_check, prepare_checks, store_check
+from pipeline.verify.gate import Decision, decide
 from pipeline.verify.trial import Trial, TrialBench
 from pipeline.verify.trials import attack_models, attack_of, prepare_trials, store_trial
-from pipeline.worker import Optimizer, Receipt, load_units, store_unit
+from pipeline.worker import Optimizer, Receipt, exit_on_device_fault, load_units, store_unit
 
 # Shares of a core. They differ from an actor's 1 so that Ray does not fuse the stages: decode and encode must not
 # wait in the actor, with or without a GPU.
@@ -157,6 +158,12 @@ def check_shards(job: Job, pool: Pool, shards: Sequence[Shard]) -> Iterator[str 
     yield from results(on_actors(stream, Optimize, pool, job=job))
 
 
+def decide_shards(job: Job, shards: Sequence[Shard]) -> Iterator[tuple[Shard, Decision] | Failed]:
+    """Lets the gate decide on shards whose checks are all stored."""
+    stream = source(shards).map_batches(gate, batch_size=1, num_cpus=FINALIZE_CPUS, fn_kwargs={"job": job})
+    yield from results(stream)
+
+
 def finalize_shards(job: Job, shards: Sequence[tuple[Shard, pa.Schema]]) -> Iterator[Manifest | Failed]:
     """Commits shards whose parts and checks are all stored."""
     stream = source(shards).map_batches(finalize, batch_size=1, num_cpus=FINALIZE_CPUS, fn_kwargs={"job": job})
@@ -172,7 +179,7 @@ class Optimize:
     """Stage: a unit is protected, a check measured, or an attack tried. One instance per actor."""
 
     def __init__(self, job: Job, device: str) -> None:
-        self.job, self.device = job, device
+        self.job = job
         self.models = AttackModels(attack_models(job), device=device)
         self.bench: TrialBench | None = None
         self.optimizer: Optimizer | None = None
@@ -192,7 +199,7 @@ class Optimize:
             store_check(self.job, item.key, measure_check(self.optimizer, item, self.models))
             yield item.key
         elif isinstance(item, Trial):
-            self.bench = self.bench or TrialBench(attack_of(self.job), device=self.device)
+            self.bench = self.bench or TrialBench(attack_of(self.job), self.models)
             store_trial(self.job, self.bench.run(item))
             yield item.key
         else:
@@ -207,6 +214,11 @@ def store(batch: Batch, job: Job) -> Iterator[Batch]:
 def prepare(batch: Batch, job: Job) -> Iterator[Batch]:
     """Stage: a shard becomes its checks and its trials."""
     yield from each(batch, lambda shard: chain(prepare_checks(job, shard), prepare_trials(job, shard)))
+
+
+def gate(batch: Batch, job: Job) -> Iterator[Batch]:
+    """Stage: a checked shard becomes the gate's decision on it."""
+    yield from each(batch, lambda shard: iter([(shard, decide(job, shard))]))
 
 
 def finalize(batch: Batch, job: Job) -> Iterator[Batch]:
@@ -225,7 +237,8 @@ def each(batch: Batch, work: Callable[[Any], Iterator[Any]]) -> Iterator[Batch]:
             yield _boxed(result)
     except FatalWorkerError as error:
         yield _boxed(Fatal(str(error)))
-    except (PipelineError, OSError) as error:  # a full disk, say
+    except (PipelineError, OSError, ValueError, RuntimeError) as error:  # a full disk, a purifier that fails
+        exit_on_device_fault(error)
         yield _boxed(Failed(_shard_id(item), f"{type(error).__name__}: {error}"))
 
 

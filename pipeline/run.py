@@ -42,6 +42,8 @@ class Tally:
     # Assets that were protected again, because the gate asked for a stronger preset.
     again: int = 0
     errors: Counter[str] = field(default_factory=Counter)
+    # Of assets that were protected again.
+    errors_again: Counter[str] = field(default_factory=Counter)
     # Shards that could not go on, with the reason.
     failed: dict[str, str] = field(default_factory=dict)
 
@@ -64,10 +66,11 @@ class Tally:
         self.units += 1
         if again:
             self.again += receipt.protected + len(receipt.quarantined)
-            return
-        self.protected += receipt.protected
-        self.errors.update(receipt.quarantined)
-        for name, count in self.errors.most_common(1):
+            self.errors_again.update(receipt.quarantined)
+        else:
+            self.protected += receipt.protected
+            self.errors.update(receipt.quarantined)
+        for name, count in (self.errors_again if again else self.errors).most_common(1):
             if count >= SAME_ERROR_ROWS and count > self.tolerated:
                 raise FatalWorkerError(
                     f"stopped: {count} assets failed with {name}, which looks like one cause (the last is "
@@ -112,12 +115,22 @@ def prepare(config: JobConfig, *, dry_run: bool = False) -> tuple[Job, Plan]:
         check_conditional_writes(destination)
     while True:
         plan = make_plan(source, destination, config.job.archive, job.config_fp, only=job.source_key)
+        _check_columns(config, plan)
         if dry_run:
             return job, plan
         bind(destination, job.fields)  # only now: a job that cannot be planned must bind nothing
         if publish_plan(destination, plan):
             plan.indexes.clear()  # they are in the store now, and may be large
             return job, plan
+
+
+def _check_columns(config: JobConfig, plan: Plan) -> None:
+    """Raises UserError if no new shard has a column by which the check groups images."""
+    check = config.job.check
+    there = {name for index in plan.indexes.values() for name in index.schema.names}
+    for column in (check.subject_column, check.class_column):
+        if column is not None and plan.indexes and column not in there:
+            raise UserError(f"no shard has the column '{column}'; there are: {', '.join(sorted(there)) or 'none'}")
 
 
 def open_units(destination: Store, shard: Shard, config_fp: str) -> list[list[tuple[str, RowRange]]]:

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from pipeline.errors import PipelineError
 from pipeline.job import Job
 from pipeline.plan import Shard
 from pipeline.storage import Store, get_json, put_json_new
+from pipeline.verify.bootstrap import Interval
 from pipeline.verify.check import AT_TRAINING_SCALE, UNPURIFIED, sampled_rows, stored_checks
 from pipeline.verify.statistics import survival
 from pipeline.verify.tables import State
 from pipeline.verify.trials import stored_tables
 
 Outcome = Literal["pass", "flag", "fail", "strengthen"]
-
-
-class GateFailed(PipelineError):
-    """A shard's protection is not good enough, and its policy forbids to commit it."""
+LEAST_GROUPS = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +37,7 @@ class Decision:
     reason: str = ""
 
     def __str__(self) -> str:
-        measured = self.reason or f"{self.metric} {self.value:.2f} after {self.purifier}"
+        measured = f"{self.metric} {self.value:.2f} after {self.purifier}" if self.value is not None else self.reason
         return f"{measured}, {self.threshold:g} is wanted: {self.outcome} (preset {self.preset})"
 
 
@@ -77,19 +73,22 @@ def _decision(document: dict[str, Any]) -> Decision:
 
 def _decide(job: Job, shard: Shard) -> Decision:
     gate = job.config.job.check.gate
-    measured = _survival(job, shard) if gate.metric == "survival" else _effect(job, shard)
-    nothing_to_ship = not sampled_rows(job, shard)
-    good = nothing_to_ship or (measured.value is not None and measured.value >= gate.threshold)
-    outcome: Outcome = gate.action
-    if good:
-        outcome = "pass"
-    elif gate.action == "strengthen" and shard.rung == len(gate.ladder):
-        outcome = gate.finally_
     presets = (job.config.job.method.preset, *gate.ladder)
-    return replace(measured, outcome=outcome, preset=presets[shard.rung], reason="" if good else measured.reason)
+    measured = _survival(job, shard) if gate.metric == "survival" else _effect(job, shard)
+    blank = replace(measured, preset=presets[shard.rung])
+    if gate.action == "pass":
+        return replace(blank, outcome="pass")
+    if measured.value is None:
+        nothing_to_ship = shard.rung == 0 and not sampled_rows(job, shard)
+        return replace(blank, outcome="pass" if nothing_to_ship else gate.unmeasured)
+    if measured.value >= gate.threshold:
+        return replace(blank, outcome="pass")
+    if gate.action == "strengthen" and shard.rung == len(gate.ladder):
+        return replace(blank, outcome=gate.finally_)
+    return replace(blank, outcome=gate.action)
 
 
-def _nothing(job: Job, shard: Shard, reason: str) -> Decision:
+def _unmeasured(job: Job, shard: Shard, reason: str) -> Decision:
     gate = job.config.job.check.gate
     return Decision(
         rung=shard.rung,
@@ -106,41 +105,45 @@ def _nothing(job: Job, shard: Shard, reason: str) -> Decision:
 
 
 def _survival(job: Job, shard: Shard) -> Decision:
-    gate = job.config.job.check.gate
+    chosen = job.config.job.check.gate.purifiers
     found = survival([check.objective for check in stored_checks(job.destination(), shard).values()])
     counted = [
         item
         for item in found
-        if item.purifier != UNPURIFIED and _counts(item.purifier.removesuffix(AT_TRAINING_SCALE), gate.purifiers)
+        if item.purifier != UNPURIFIED and (not chosen or item.purifier.removesuffix(AT_TRAINING_SCALE) in chosen)
     ]
     shares = [(item.share, item) for item in counted if item.share is not None]
-    if len(shares) < len(counted) or not shares:
-        return _nothing(job, shard, "nothing was gained that could survive")
+    if not shares:
+        return _unmeasured(job, shard, "nothing was gained that could survive" if found else "no image was checked")
     value, worst = min(shares, key=lambda pair: pair[0])
-    return replace(_nothing(job, shard, ""), value=value, low=worst.low, high=worst.high, purifier=worst.purifier)
+    return replace(_unmeasured(job, shard, ""), value=value, low=worst.low, high=worst.high, purifier=worst.purifier)
 
 
 def _effect(job: Job, shard: Shard) -> Decision:
-    gate = job.config.job.check.gate
+    check = job.config.job.check
     tables = stored_tables(job, [shard])
-    if not tables:
-        return _nothing(job, shard, "there are not enough images for a group")
-    (table,) = tables
+    if not tables or tables[0].units < LEAST_GROUPS:
+        found = tables[0].units if tables else 0
+        return _unmeasured(job, shard, f"{found} groups could be made of its images, {LEAST_GROUPS} are needed")
+    table = tables[0]
     if table.state is not State.MEASURED:
         failed = "; ".join(item.detail for item in table.gates if item.passed is False)
-        return _nothing(job, shard, f"the measurement is invalid: {failed}")
-    effects = [
-        (row.effect.value, row)
-        for row in table.rows
-        if row.effect is not None and (row.purifier == UNPURIFIED or _counts(row.purifier, gate.purifiers))
-    ]
-    if not effects:
-        return _nothing(job, shard, "personalization on clean images gains nothing that protection could prevent")
-    value, worst = min(effects, key=lambda pair: pair[0])
-    interval = worst.effect
-    low, high = (None, None) if interval is None else (interval.low, interval.high)
-    return replace(_nothing(job, shard, ""), value=value, low=low, high=high, purifier=worst.purifier)
-
-
-def _counts(purifier: str, chosen: Sequence[str]) -> bool:
-    return not chosen or purifier in chosen
+        return _unmeasured(job, shard, f"the measurement is invalid: {failed}")
+    rows = {row.purifier: row for row in table.rows}
+    worst: tuple[Interval, str] | None = None
+    # Without purification, and after each that counts: one that cannot be judged must not pass for a good one.
+    for name in (UNPURIFIED, *(check.gate.purifiers or check.customize_after)):
+        row = rows.get(name)
+        if row is not None and row.state is State.INVALID:
+            continue  # it ruins clean images too: no attacker would use it
+        if row is None or row.state is not State.MEASURED or row.effect is None:
+            reason = (
+                "it was not measured" if row is None else row.reason or "personalization on clean images gains nothing"
+            )
+            return _unmeasured(job, shard, f"after {name}: {reason}")
+        if worst is None or row.effect.value < worst[0].value:
+            worst = row.effect, name
+    if worst is None:
+        return _unmeasured(job, shard, "every purifier ruins clean images too")
+    effect, name = worst
+    return replace(_unmeasured(job, shard, ""), value=effect.value, low=effect.low, high=effect.high, purifier=name)

@@ -15,6 +15,7 @@ REFERENCES = 8  # at most so many others of the group tell whether he succeeded
 SMALLEST = 3  # two to train on and one to compare with
 LOOKED_AT = 128  # images among which look-alikes are sought: embedding a whole shard would cost minutes
 DEFAULT_CLASS = "subject"
+SAME_PICTURE = 0.98  # cosine above which a reference is taken for a copy of an image that is trained on
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +25,8 @@ class Candidate:
     asset_id: str
     # Names the original; equal ones are one image.
     source_sha256: str
+    # Names what is stored for it.
+    protected_sha256: str
     unit_id: str
     # None: unknown.
     subject: str | None = None
@@ -90,8 +93,15 @@ def _by_likeness(
         likeness = vectors[free] @ vectors[free[0]]
         likeness[0] = 2.0  # itself first, whatever rounding says
         nearest = [free[place] for place in likeness.argsort(descending=True, stable=True)[:size].tolist()]
-        found.append((f"like-{ranked[nearest[0]].source_sha256[:12]}", [ranked[place] for place in nearest]))
         free = [place for place in free if place not in nearest]
+        train, others = nearest[:TRAIN], nearest[TRAIN:]
+        if not others:
+            train, others = nearest[:-1], nearest[-1:]
+        copies = (vectors[others] @ vectors[train].T).amax(dim=1) > SAME_PICTURE
+        kept = [place for place, copy in zip(others, copies.tolist(), strict=True) if not copy]
+        if kept:
+            name = f"like-{ranked[train[0]].source_sha256[:12]}"
+            found.append((name, [ranked[place] for place in train + kept]))
     return found
 
 

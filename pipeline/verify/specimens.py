@@ -17,7 +17,7 @@ from pipeline.storage import Store
 from pipeline.units import group_units
 from pipeline.verify.groups import Candidate
 
-_NAMES = ["asset_id", "unit_id", "source_sha256"]
+_NAMES = ["asset_id", "unit_id", "source_sha256", "protected_sha256"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,11 +39,12 @@ class Specimens:
             Candidate(
                 asset_id=row["asset_id"],
                 source_sha256=row["source_sha256"],
+                protected_sha256=row["protected_sha256"],
                 unit_id=row["unit_id"],
                 subject=self._customers(row, self.subject_column),
                 class_word=self._customers(row, self.class_column),
             )
-            for row in self._rows(_NAMES, None)
+            for row in self._rows(_NAMES, None, with_customers=True)
         ]
 
     def protected(self, wanted: Sequence[Candidate]) -> dict[str, bytes]:
@@ -54,7 +55,7 @@ class Specimens:
         """
         hashes = {item.source_sha256 for item in wanted}
         found: dict[str, bytes] = {}
-        for row in self._rows([*_NAMES, "image", "protected_sha256"], {item.unit_id for item in wanted}):
+        for row in self._rows([*_NAMES, "image"], {item.unit_id for item in wanted}):
             if row["source_sha256"] in hashes:
                 data = row["image"]["bytes"]
                 if sha256_hex(data) != row["protected_sha256"]:
@@ -87,14 +88,18 @@ class Specimens:
             raise IntegrityError(f"{self.shard.shard_id}: {', '.join(missing[:3])} cannot be found again")
         return found
 
-    def _rows(self, columns: list[str], units: set[str] | None) -> Iterator[dict[str, Any]]:
-        own = [column for column in (self.subject_column, self.class_column) if column is not None]
+    def _rows(
+        self, columns: list[str], units: set[str] | None, *, with_customers: bool = False
+    ) -> Iterator[dict[str, Any]]:
+        index = load_index(self.destination, self.shard)
+        # A folder of images has no columns beside a Parquet file that has: its subjects are unknown.
+        asked = (self.subject_column, self.class_column) if with_customers else ()
+        own = [column for column in asked if column is not None and column in index.schema.names]
         if self.manifest is not None:
             for row in rows_of(self.destination, self.manifest, [*columns, *map(output_name, own)]):
                 if units is None or row["unit_id"] in units:
                     yield row
             return
-        index = load_index(self.destination, self.shard)
         for unit in unit_ids(index, self.config_fp, self.shard.rung):
             if units is None or unit in units:
                 key = f"parts/{self.shard.shard_id}/{unit}.parquet"

@@ -14,6 +14,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from pipeline.errors import FatalWorkerError
 from pipeline.ids import sha256_hex
 from pipeline.verify.attack_models import AttackModels, ModelKind
 from pipeline.verify.customizers import customizer
@@ -22,6 +23,8 @@ from pipeline.verify.embed import Embedder
 from pipeline.verify.purifiers import PURIFIERS
 from pipeline.verify.scores import NO_PURIFIER, Cell, Score
 from pipeline.worker import exit_on_device_fault
+from protectors.model_files import ModelError
+from protectors.reference import ReferenceModelError
 
 Pixels = npt.NDArray[np.uint8]
 GENERATED = 8  # images per customization; their mean is one value of the table
@@ -59,6 +62,7 @@ class Trial:
     """One cell of one group. Holds pixels: it travels to the actor that runs it."""
 
     key: str
+    shard_id: str
     group: str
     class_word: str
     cell: Cell
@@ -111,11 +115,10 @@ def square(pixels: Pixels, side: int) -> Pixels:
 class TrialBench:
     """Holds the attacker's models and runs trials. One per actor."""
 
-    def __init__(self, attack: Attack, *, device: str = "cpu") -> None:
-        self.attack = attack
-        self.models = AttackModels(attack.models, device=device)
+    def __init__(self, attack: Attack, models: AttackModels) -> None:
+        self.attack, self.models = attack, models
         self.customizer = customizer(attack.customizer, attack.preset, attack.overrides)
-        self.embedder = Embedder(device=device)
+        self.embedder = Embedder(device=models.device)
         self._priors = PriorImages(self.models.get(ModelKind.LATENT))
 
     def run(self, trial: Trial) -> TrialResult:
@@ -127,7 +130,7 @@ class TrialBench:
         try:
             return self._floor(trial, seed) if trial.cell is Cell.FLOOR else self._customized(trial, seed)
         except Exception as error:  # noqa: BLE001 - whatever an attack raises is a failed measurement, not a failed run
-            exit_on_device_fault(error)
+            stop_if_transient(error)
             planned = [self._score(trial, trial.cell, f"{n}") for n in range(self.attack.generated)]
             return failed_trial(trial.key, trial.group, error, planned)
 
@@ -172,7 +175,7 @@ class TrialBench:
             unit=trial.group,
             cell=cell,
             purifier=trial.purifier if cell is trial.cell else NO_PURIFIER,
-            image=image,
+            image=f"{trial.shard_id}/{image}",  # a subject may lie in several shards, and is one unit all the same
             prompt=PHOTO,
             value=value,
             error=NOT_MEASURED if value is None else None,
@@ -189,6 +192,15 @@ def purified_by(purifier: str, images: Tensor, models: AttackModels, seed: int) 
     """Purified images, uint8 `(N, 3, H, W)`; the draws depend on seed, purifier and place alone."""
     seeds = [int(sha256_hex(f"{seed}/{purifier}/{number}")[:8], 16) for number in range(len(images))]
     return PURIFIERS[purifier].purify(images, seeds=seeds, models=models)
+
+
+def stop_if_transient(error: Exception) -> None:
+    """Raises FatalWorkerError for what a later run may not meet again; as a stored result it would stay for good."""
+    exit_on_device_fault(error)
+    if isinstance(error, torch.cuda.OutOfMemoryError | MemoryError | ModelError | ReferenceModelError | OSError):
+        raise FatalWorkerError(
+            f"an attack could not run: {type(error).__name__}: {error}. Mend it and run the same command to go on."
+        ) from error
 
 
 def failed_trial(key: str, title: str, error: Exception, planned: Sequence[Score]) -> TrialResult:

@@ -6,12 +6,14 @@ import uuid
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pipeline.decode import DecodeLimits, decode, model_view
-from pipeline.ids import sha256_hex
+from pipeline.errors import IntegrityError, NotFound
+from pipeline.ids import canonical_json, sha256_hex
 from pipeline.job import NO_MODEL, Job, model_folder
 from pipeline.plan import Shard
 from pipeline.storage import Store, get_json, in_parallel, put_json_new
@@ -19,7 +21,7 @@ from pipeline.verify.attack_models import ModelKind, with_embedded
 from pipeline.verify.cells import build_tables
 from pipeline.verify.embed import Embedder
 from pipeline.verify.groups import Candidate, Group, choose_groups
-from pipeline.verify.scores import NO_PURIFIER, Cell, Score
+from pipeline.verify.scores import Cell, Score
 from pipeline.verify.specimens import Specimens
 from pipeline.verify.tables import Question, Table
 from pipeline.verify.trial import (
@@ -36,6 +38,7 @@ from pipeline.verify.trial import (
 from protectors.model_files import model_base_size
 
 QUESTION = Question(metric=METRIC, primary=True)
+EMBEDDED_TOGETHER = 8  # images in memory while look-alikes are sought
 
 
 def attack_of(job: Job) -> Attack:
@@ -65,10 +68,16 @@ def trials_of(shard: Shard) -> str:
 
 def prepare_trials(job: Job, shard: Shard) -> Iterator[Trial]:
     """Yields the trials of a job's check on a shard that are not stored yet."""
-    check = job.config.job.check
-    if not check.groups:
+    if not job.config.job.check.groups:
         return
-    specimens = Specimens(
+    stored = {item.key for item in job.destination().list(trials_of(shard))}
+    yield from shard_trials(specimens_of(job, shard), selection_of(job, shard), trials_of(shard), stored)
+
+
+def specimens_of(job: Job, shard: Shard) -> Specimens:
+    """The images of a shard that is not committed yet, or whose parts are still there."""
+    check = job.config.job.check
+    return Specimens(
         destination=job.destination(),
         source=job.source(),
         shard=shard,
@@ -77,15 +86,19 @@ def prepare_trials(job: Job, shard: Shard) -> Iterator[Trial]:
         subject_column=check.subject_column,
         class_column=check.class_column,
     )
-    selection = Selection(
+
+
+def selection_of(job: Job, shard: Shard) -> Selection:
+    """What a job's check tries on a shard."""
+    check = job.config.job.check
+    return Selection(
         groups=check.groups,
+        groups_key=f"trials/{shard.shard_id}/groups.json",
         salt=check.salt,
         side=attack_of(job).side,
         purifiers=check.customize_after,
         limits=job.limits,
     )
-    stored = {item.key for item in job.destination().list(trials_of(shard))}
-    yield from shard_trials(specimens, selection, trials_of(shard), stored)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +106,8 @@ class Selection:
     """Which trials are made of a shard."""
 
     groups: int
+    # Where the choice of groups is stored: the same for all rungs of a shard.
+    groups_key: str
     salt: str
     # Of the images in pixels.
     side: int
@@ -107,19 +122,55 @@ def shard_trials(specimens: Specimens, selection: Selection, prefix: str, stored
         IntegrityError: A stored image is not what its row says.
         SourceChanged: An original is no longer there.
     """
-    embed = partial(_embed, specimens, selection)
-    for group in choose_groups(specimens.candidates(), selection.groups, selection.salt, embed):
-        keys = {(cell, name): f"{prefix}{_file_name(group)}-{cell}-{name}.json" for cell, name in _cells(selection)}
+    for group, keys in planned_trials(specimens, selection, prefix):
         if open_keys := {place: key for place, key in keys.items() if key not in stored}:
             yield from _group_trials(specimens, selection, group, open_keys)
 
 
-def _cells(selection: Selection) -> list[tuple[Cell, str]]:
-    return cells_of([name for name in selection.purifiers if name != NO_PURIFIER])
+def planned_trials(
+    specimens: Specimens, selection: Selection, prefix: str
+) -> list[tuple[Group, dict[tuple[Cell, str], str]]]:
+    """The groups of a shard, and the key of every trial on them.
+
+    The choice is stored with the first that makes it: look-alikes hang on floats, which another machine may round
+    differently. A key names the stored images that the trial is about: where one was made anew, so is the trial.
+    """
+    destination, candidates = specimens.destination, specimens.candidates()
+    try:
+        document = get_json(destination, selection.groups_key)
+    except NotFound:
+        embed = partial(_embed, specimens, selection)
+        chosen = choose_groups(candidates, selection.groups, selection.salt, embed)
+        fresh = {"writer_id": uuid.uuid4().hex, "groups": [_group_document(group) for group in chosen]}
+        _, document = put_json_new(destination, selection.groups_key, fresh)
+    known = {item.source_sha256: item for item in candidates}
+    groups = [found for entry in document["groups"] if (found := _group_of(entry, known)) is not None]
+    return [(group, _keys(group, selection, prefix)) for group in groups]
 
 
-def _file_name(group: Group) -> str:
-    return sha256_hex(group.name)[:12]  # customers' names of subjects may hold anything
+def _group_document(group: Group) -> dict[str, Any]:
+    return {
+        "name": group.name,
+        "class_word": group.class_word,
+        "train": [item.source_sha256 for item in group.train],
+        "references": [item.source_sha256 for item in group.references],
+    }
+
+
+def _group_of(document: dict[str, Any], known: Mapping[str, Candidate]) -> Group | None:
+    """The stored group; None where an image of it is no longer among the protected ones."""
+    if not {*document["train"], *document["references"]} <= known.keys():
+        return None
+    train, references = (tuple(known[name] for name in document[side]) for side in ("train", "references"))
+    return Group(name=document["name"], class_word=document["class_word"], train=train, references=references)
+
+
+def _keys(group: Group, selection: Selection, prefix: str) -> dict[tuple[Cell, str], str]:
+    about = canonical_json([group.name, *(item.protected_sha256 for item in group.members)])
+    name = sha256_hex(about)[:12]  # customers' names of subjects may hold anything
+    return {
+        (cell, purifier): f"{prefix}{name}-{cell}-{purifier}.json" for cell, purifier in cells_of(selection.purifiers)
+    }
 
 
 def _group_trials(
@@ -131,6 +182,7 @@ def _group_trials(
         side = protected if needs_protected(cell) else clean
         yield Trial(
             key=key,
+            shard_id=specimens.shard.shard_id,
             group=group.name,
             class_word=group.class_word,
             cell=cell,
@@ -141,15 +193,23 @@ def _group_trials(
 
 
 def squares(files: Mapping[str, bytes], selection: Selection) -> dict[str, Pixels]:
-    views = {name: model_view(decode(data, limits=selection.limits)) for name, data in files.items()}
-    return {name: square(view, selection.side) for name, view in views.items()}
+    # One at a time: originals may be large.
+    return {
+        name: square(model_view(decode(data, limits=selection.limits)), selection.side) for name, data in files.items()
+    }
 
 
 def _embed(specimens: Specimens, selection: Selection, wanted: Sequence[Candidate]) -> Tensor:
     """Unit vectors of protected images; originals would tell the same, and cost a second read of the source."""
-    found = squares(specimens.protected(wanted), selection)
-    images = torch.stack([torch.from_numpy(found[item.source_sha256].copy()) for item in wanted])
-    return Embedder().embed(images.permute(0, 3, 1, 2).float() / 255)
+    embedder, vectors = Embedder(), {}
+    by_unit = sorted(wanted, key=lambda item: item.unit_id)
+    for start in range(0, len(by_unit), EMBEDDED_TOGETHER):
+        part = by_unit[start : start + EMBEDDED_TOGETHER]
+        found = squares(specimens.protected(part), selection)
+        images = torch.stack([torch.from_numpy(found[item.source_sha256].copy()) for item in part])
+        for item, vector in zip(part, embedder.embed(images.permute(0, 3, 1, 2).float() / 255), strict=True):
+            vectors[item.source_sha256] = vector
+    return torch.stack([vectors[item.source_sha256] for item in wanted])
 
 
 def store_trial(job: Job, result: TrialResult) -> None:
@@ -157,16 +217,25 @@ def store_trial(job: Job, result: TrialResult) -> None:
     put_json_new(job.destination(), result.key, {"writer_id": uuid.uuid4().hex, **result.to_json()})
 
 
-def stored_scores(destination: Store, prefix: str) -> list[Score]:
-    """The scores of all results under a prefix."""
-    keys = sorted(item.key for item in destination.list(prefix))
-    return [
-        score for document in in_parallel(partial(get_json, destination), keys) for score in scores_from_json(document)
-    ]
+def stored_scores(destination: Store, keys: Sequence[str]) -> list[Score]:
+    """The scores of stored results."""
+    documents = in_parallel(partial(get_json, destination), keys)
+    return [score for document in documents for score in scores_from_json(document)]
 
 
 def stored_tables(job: Job, shards: Iterable[Shard]) -> list[Table]:
-    """The four-cell tables over all stored trials of shards; empty where there are none."""
-    destination = job.destination()
-    scores = [score for shard in shards for score in stored_scores(destination, trials_of(shard))]
+    """The four-cell tables over all trials of shards; empty where the job asks for none, or no group was found.
+
+    Raises:
+        IntegrityError: A trial is missing.
+    """
+    if not job.config.job.check.groups:
+        return []
+    scores: list[Score] = []
+    for shard in shards:
+        planned = planned_trials(specimens_of(job, shard), selection_of(job, shard), trials_of(shard))
+        try:
+            scores += stored_scores(job.destination(), [key for _, keys in planned for key in keys.values()])
+        except NotFound as error:
+            raise IntegrityError(f"{shard.shard_id}: a trial is missing: {error}; run again") from error
     return build_tables(scores, [QUESTION]) if scores else []

@@ -115,6 +115,11 @@ def test_nothing_to_ship_passes(tmp_path: Path) -> None:
         ({"gate": {"action": "fail", "metric": "effect"}, "groups": 2}, "groups of at least 3"),
         ({"gate": {"action": "fail"}, "min_per_shard": 0}, "min_per_shard of at least 1"),
         ({"purifiers": []}, "at least 1"),
+        ({"gate": {"action": "fail", "purifiers": ["vae"]}}, "the gate counts vae, which its check does not measure"),
+        (
+            {"gate": {"action": "fail", "metric": "effect", "purifiers": ["jpeg75"]}, "groups": 3},
+            "the gate counts jpeg75",
+        ),
     ],
 )
 def test_settings_that_cannot_work(check: dict[str, Any], words: str) -> None:
@@ -127,17 +132,18 @@ def test_settings_that_cannot_work(check: dict[str, Any], words: str) -> None:
     [
         ({"purifiers": ["jpeg7"]}, "no purifier named 'jpeg7'"),
         ({"customize_after": ["x"]}, "no purifier named 'x'"),
-        ({"gate": {"purifiers": ["x"]}}, "no purifier named 'x'"),
         ({"purifiers": ["noisy-upscaling"]}, "no upscaler model given"),
         ({"models": {"magic": "x"}}, "no kind of model named 'magic'"),
         ({"customizer": "magic"}, "no customization attack named 'magic'"),
         ({"gate": {"action": "strengthen", "ladder": ["mighty"]}}, "no preset 'mighty'"),
+        ({"gate": {"action": "strengthen", "ladder": ["fast"]}}, "two rungs of the gate's ladder are equal"),
+        ({"models": {"latent": "/nowhere"}}, "no folder '/nowhere'"),
     ],
 )
 def test_unknown_names_are_found_before_anything_is_written(tmp_path: Path, check: dict[str, Any], words: str) -> None:
     source = write_folder(tmp_path / "in", {"a.png": photo(1)})
     with pytest.raises(UserError, match=words):
-        prepare(job_config(source, tmp_path / "out", check=check))
+        prepare(job_config(source, tmp_path / "out", check=check, method={"preset": "fast"}))
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").rglob("*.json"))
 
 

@@ -6,6 +6,7 @@ import io
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,21 +19,33 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
+from pipeline.errors import FatalWorkerError, UserError
 from pipeline.job import Job
 from pipeline.plan import Shard
-from pipeline.verify.attack_models import ModelKind
+from pipeline.run import prepare
+from pipeline.verify.attack_models import AttackModels, ModelKind
+from pipeline.verify.cells import build_tables
 from pipeline.verify.customizers.base import Sampling
 from pipeline.verify.customizers.dreambooth import DreamBooth
 from pipeline.verify.groups import REFERENCES, SMALLEST, TRAIN, Candidate, choose_groups
 from pipeline.verify.scores import Cell
 from pipeline.verify.specimens import Specimens
 from pipeline.verify.trial import Trial, TrialBench, square
-from pipeline.verify.trials import attack_of, prepare_trials, store_trial, stored_scores, stored_tables, trials_of
+from pipeline.verify.trials import (
+    QUESTION,
+    attack_of,
+    prepare_trials,
+    store_trial,
+    stored_scores,
+    stored_tables,
+    trials_of,
+)
+from protectors.model_files import ModelError
 from tests.pipeline.archives import photo
 from tests.pipeline.local_job import commit, job_config, part_rows, ready
 from tests.protectors.tiny import save_tiny_model
 
-SIDE = 64  # of the tiny model
+SIDE = 32  # half of the tiny model's: attention over a quarter of the tokens
 
 
 def candidates(count: int, subjects: int | None) -> list[Candidate]:
@@ -40,6 +53,7 @@ def candidates(count: int, subjects: int | None) -> list[Candidate]:
         Candidate(
             asset_id=f"a{n}",
             source_sha256=f"{n:064d}",
+            protected_sha256=f"p{n}",
             unit_id="u",
             subject=None if subjects is None else f"s{n % subjects}",
             class_word=None if subjects is None else "dog",
@@ -78,9 +92,27 @@ def test_look_alikes_are_neighbours() -> None:
     assert places[-1] - places[0] <= 2 * len(places)  # nearest on either side of the anchor
 
 
+def test_copies_of_training_images_are_no_references() -> None:
+    """Ten images of three pictures: whoever trains on a picture must not be judged by another copy of it."""
+
+    def three(wanted: Sequence[Candidate]) -> Tensor:
+        return torch.eye(3)[[int(item.source_sha256) % 3 for item in wanted]]
+
+    for group in choose_groups(candidates(10, None), 2, "", three):
+        kinds = [{int(item.source_sha256) % 3 for item in side} for side in (group.train, group.references)]
+        assert kinds[0].isdisjoint(kinds[1])
+
+
 def test_equal_images_count_once() -> None:
     same = [replace(item, source_sha256="0" * 64) for item in candidates(9, 1)]
     assert choose_groups(same, 1, "", on_a_circle) == []
+
+
+def small_model(folder: Path) -> Path:
+    """The tiny model, told that it was trained at half the size."""
+    config = save_tiny_model(folder) / "unet" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"sample_size": SIDE // 2}))
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +130,7 @@ def checked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Job, Shard, Any]:
         "subject_column": "who",
         "class_column": "kind",
         "customize_after": ["jpeg75"],
-        "models": {"latent": str(save_tiny_model(folder / "model"))},
+        "models": {"latent": str(small_model(folder / "model"))},
     }
     config = job_config(folder / "in", folder / "out", check=check, archive={"unit_assets": 3})
     job, plan = ready(config)
@@ -107,9 +139,10 @@ def checked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Job, Shard, Any]:
 
 @pytest.fixture(scope="module")
 def bench(checked: tuple[Job, Shard, Any]) -> TrialBench:
-    bench = TrialBench(replace(attack_of(checked[0]), generated=2))
+    attack = replace(attack_of(checked[0]), generated=2)
+    bench = TrialBench(attack, AttackModels(attack.models))
     assert isinstance(bench.customizer, DreamBooth)
-    bench.customizer = replace(bench.customizer, steps=2, prior_images=2, sampling=Sampling(steps=2))
+    bench.customizer = replace(bench.customizer, steps=2, batch=1, prior_images=2, sampling=Sampling(steps=2))
     return bench
 
 
@@ -149,7 +182,7 @@ def test_results_are_stored_once_and_read_back_as_tables(checked: tuple[Job, Sha
     assert left.key == results[-1].key
     store_trial(job, bench.run(left))
     assert list(prepare_trials(job, shard)) == []
-    scores = stored_scores(job.destination(), trials_of(shard))
+    scores = stored_scores(job.destination(), [result.key for result in results])
     assert sorted(map(str, scores)) == sorted(str(score) for result in results for score in result.scores)
     (table,) = stored_tables(job, [shard])
     assert table.units == 2
@@ -158,6 +191,7 @@ def test_results_are_stored_once_and_read_back_as_tables(checked: tuple[Job, Sha
     (manifest,) = commit(job, plan)
     assert manifest.verify["customization"] == [json.loads(json.dumps(table.to_dict()))]
     # No picture of a trial is stored: they show the subject.
+    assert [item.key for item in job.destination().list(trials_of(shard))] == sorted(result.key for result in results)
     for item in job.destination().list("trials/"):
         assert b"PNG" not in job.destination().get(item.key)
 
@@ -170,7 +204,7 @@ def test_a_trial_repeats_itself_and_cells_share_their_draws(checked: tuple[Job, 
     # The same images in another cell give the same numbers: nothing but the images tells cells apart.
     other = bench.run(replace(trial, cell=Cell.PROTECTED))
     assert [score.value for score in other.scores] == [score.value for score in first.scores]
-    seeded = TrialBench(replace(bench.attack, seed=1))
+    seeded = TrialBench(replace(bench.attack, seed=1), bench.models)
     seeded.customizer = bench.customizer
     assert [score.value for score in seeded.run(trial).scores] != [score.value for score in first.scores]
 
@@ -180,6 +214,7 @@ def one_trial(checked: tuple[Job, Shard, Any]) -> Trial:
     pictures = [rng.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8) for _ in range(4)]
     return Trial(
         key="trials/x/00/y.json",
+        shard_id="x",
         group="g",
         class_word="dog",
         cell=Cell.CLEAN,
@@ -187,6 +222,28 @@ def one_trial(checked: tuple[Job, Shard, Any]) -> Trial:
         train=pictures[:2],
         references=pictures[2:],
     )
+
+
+@pytest.mark.parametrize("error", [MemoryError("full"), OSError("gone"), ModelError("damaged")])
+def test_what_may_pass_is_never_stored_as_a_result(
+    checked: tuple[Job, Shard, Any], bench: TrialBench, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("pipeline.verify.trial.sample", fail)
+    with pytest.raises(FatalWorkerError, match="run the same command to go on"):
+        bench.run(one_trial(checked))
+
+
+def test_a_subject_in_two_shards_is_one_unit(checked: tuple[Job, Shard, Any], bench: TrialBench) -> None:
+    trial = one_trial(checked)
+    scores: list[Any] = []
+    for shard_id in ("x", "y"):
+        for cell in (Cell.FLOOR, Cell.CLEAN, Cell.PROTECTED):
+            scores += bench.run(replace(trial, shard_id=shard_id, cell=cell)).scores
+    (table,) = build_tables(scores, [QUESTION])
+    assert table.units == 1
 
 
 def test_a_failing_attack_is_an_error_and_no_number(checked: tuple[Job, Shard, Any], bench: TrialBench) -> None:
@@ -225,6 +282,13 @@ def test_specimens_are_the_same_before_and_after_the_commit(checked: tuple[Job, 
     wanted = before.candidates()[2:5]
     assert before.protected(wanted) == after.protected(wanted)
     assert before.originals(wanted) == {item.source_sha256: photo(int(item.asset_id[1:])) for item in wanted}
+
+
+def test_a_column_that_no_shard_has_is_refused(checked: tuple[Job, Shard, Any], tmp_path: Path) -> None:
+    source = checked[0].config.source
+    config = job_config(Path(source), tmp_path / "out", check={"groups": 1, "subject_column": "whom"})
+    with pytest.raises(UserError, match=r"no shard has the column 'whom'; there are: kind, who"):
+        prepare(config)
 
 
 def test_the_attack_is_on_the_jobs_own_model(checked: tuple[Job, Shard, Any]) -> None:
