@@ -23,7 +23,7 @@ from pipeline.verify.scores import Score
 from pipeline.verify.statistics import CONFIDENCE, RESAMPLES, Survival, survival
 from pipeline.verify.tables import Question, Table
 from pipeline.verify.trial import METRIC, Attack
-from pipeline.verify.trials import attack_of, stored_scores, stored_tables
+from pipeline.verify.trials import QUESTION, attack_of, stored_scores, stored_tables
 
 SCHEMA_VERSION = 2
 MEASURE = (
@@ -32,7 +32,6 @@ MEASURE = (
     "purified at full size, or at the model's training scale where the name says so"
 )
 LIBRARIES = ("torch", "diffusers", "transformers", "ray", "pillow")
-SIMILARITY = Question(metric=METRIC, primary=True)
 EDITING = Question(metric=EDIT_METRIC, primary=True)
 
 
@@ -78,7 +77,7 @@ def write_verification(job: Job, shards: Sequence[Shard], manifests: Sequence[Ma
 def campaign_document(campaign: Campaign, manifests: Sequence[Manifest]) -> dict[str, Any]:
     """The document of a later verification, from the scores that are stored."""
     destination = campaign.destination()
-    customization, editing = campaign_tables(stored_scores(destination, campaign.prefix))
+    customization, editing = campaign_tables(stored_scores(destination, campaign.trial_keys()))
     first = manifests[0]
     return {
         **_about("verify", campaign.campaign_id, destination),
@@ -100,7 +99,7 @@ def campaign_tables(scores: Sequence[Score]) -> tuple[list[Table], list[Table]]:
     customized = [score for score in scores if score.metric == METRIC]
     edited = [score for score in scores if score.metric == EDIT_METRIC]
     return (
-        build_tables(customized, [SIMILARITY]) if customized else [],
+        build_tables(customized, [QUESTION]) if customized else [],
         build_tables(edited, [EDITING]) if edited else [],
     )
 
