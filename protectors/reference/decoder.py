@@ -24,6 +24,8 @@ class DecoderPlan:
     steps: int = 2000
     rate: float = 6e-4
     batch: int = 6
+    # Weight of structural similarity beside the squared error: more of it costs PSNR.
+    structure: float = 0.6
     bf16: bool = True
 
 
@@ -54,7 +56,7 @@ class DecoderTask:
                 posterior = self.vae.encode(pixels).latent_dist
             noise = torch.randn(posterior.mean.shape, generator=step_generator(cursor)).to(self.device)
             output = self.vae.decode(posterior.mean.float() + posterior.std.float() * noise).sample
-        loss = refinement_loss(output.float(), pixels)
+        loss = refinement_loss(output.float(), pixels, self.plan.structure)
         self.learner.update(loss, step=cursor.step, factor=rate_factor(cursor.step, self.steps))
         return loss.item(), len(picks)
 
@@ -70,12 +72,15 @@ class DecoderTask:
             self.vae.half().save_pretrained(folder, safe_serialization=True)
 
 
-def refinement_loss(output: Tensor, target: Tensor) -> Tensor:
+def refinement_loss(output: Tensor, target: Tensor, structure_weight: float) -> Tensor:
     """Mostly squared error, which is what PSNR measures, with some of L1, structural similarity and colour.
 
-    Shape: both `(N, 3, H, W)` in [-1, 1].
+    Args:
+        output: `(N, 3, H, W)` in [-1, 1].
+        target: the same.
+        structure_weight: of 1 - SSIM; the squared error has 5.
     """
     structure = 1 - ssim(output / 2 + 0.5, target / 2 + 0.5).mean()
     error = 5 * F.mse_loss(output, target) + 0.5 * F.l1_loss(output, target)
-    total: Tensor = error + 0.1 * structure + 0.5 * colour_loss(output, target)
+    total: Tensor = error + structure_weight * structure + 0.5 * colour_loss(output, target)
     return total
