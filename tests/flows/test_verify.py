@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from pipeline.config import VerifyConfig
+from pipeline.decode import DecodeLimits
+from pipeline.errors import IntegrityError, UserError
+from pipeline.plan import Shard
 from pipeline.storage import StorageOptions, open_store
+from pipeline.verify.campaign import Campaign, Target, folder_digest, plan_campaign
 from pipeline.verify.editors.drawn_cases import write_case_set
 from tests.e2e.archives import fill, parquet_file, picture
 from tests.e2e.command import FAKE, contents, fixative
@@ -17,6 +24,7 @@ from tests.protectors.tiny import save_tiny_model
 
 LOCAL = StorageOptions()
 FEW_STEPS = {"steps": 2, "prior_images": 2, "sampling": {"steps": 2}}
+EDITOR = "sdedit-0.3-quick"
 
 
 @pytest.fixture(autouse=True)
@@ -26,14 +34,22 @@ def wide(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
+    return small_model(tmp_path_factory.mktemp("tiny") / "model")
+
+
+def small_model(folder: Path, seed: int = 0) -> Path:
+    """The tiny model, told that it was trained at 32 pixels: quick."""
+    save_tiny_model(folder, seed=seed)
+    config = folder / "unet" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"sample_size": 16}))
+    return folder
 
 
 @pytest.fixture(scope="module")
 def archive(ray_cluster: str, prefect_server: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A protected archive of two shards with four pictures each."""
+    """A protected archive of two shards with four pictures each; asset ids repeat across them."""
     folder = tmp_path_factory.mktemp("archive")
-    shards = {f"{n}.parquet": parquet_file({f"r{n}{i}": picture(4 * n + i) for i in range(4)}) for n in range(2)}
+    shards = {f"{n}.parquet": parquet_file({f"r{i}": picture(4 * n + i) for i in range(4)}) for n in range(2)}
     fill(open_store(str(folder / "source"), LOCAL), shards)
     result = fixative("protect", folder / "source", folder / "destination", "--method", FAKE, "--actors", 1)
     assert result.code == 0, result
@@ -41,18 +57,22 @@ def archive(ray_cluster: str, prefect_server: str, tmp_path_factory: pytest.Temp
 
 
 def settings_file(folder: Path, model: Path, **attack: Any) -> Path:
-    settings = {
+    file = folder / "verify.yaml"
+    file.write_text(yaml.safe_dump({"attack": attack_settings(model, **attack)}))
+    return file
+
+
+def attack_settings(model: Path, **changes: Any) -> dict[str, Any]:
+    return {
         "groups": 2,
         "edited": 2,
+        "editors": [EDITOR],
         "generated": 2,
         "purifiers": ["jpeg75"],
         "customizer_overrides": FEW_STEPS,
         "models": {"latent": str(model)},
-        **attack,
+        **changes,
     }
-    file = folder / "verify.yaml"
-    file.write_text(yaml.safe_dump({"attack": settings}))
-    return file
 
 
 def report_of(destination: Path) -> tuple[Path, dict[str, Any]]:
@@ -72,31 +92,29 @@ def test_a_report_of_every_cell(archive: Path, tiny: Path, tmp_path: Path) -> No
     folder, document = report_of(archive)
     (customization,), (editing,) = document["customization"], document["editing"]
     assert (customization["attack"], customization["units"]) == ("dreambooth", 2)
-    assert (editing["attack"], editing["units"]) == ("sdedit-0.5-quick", 2)
+    assert (editing["attack"], editing["units"]) == (EDITOR, 2)
+    assert document["planned"] == document["done"] == {"groups": 2, "images": 2, "trials": 2 * 5 + 2}
+    assert document["failed"] == {}
+    assert document["attack"]["digests"] == {"latent": folder_digest(tiny)}
     for table in (customization, editing):
         assert {row["purifier"] for row in table["rows"]} == {"none", "jpeg75"}
         assert table["counts"]["error"] == 0
-    assert editing["cells"]["A"] == 1.0
+    assert editing["cells"]["A"] < 1.0
     assert "jpeg75" in result.out
+    assert "attack: 12/12" in result.out
     # The stored page holds no picture; the local one holds those of both groups and both edits.
     assert "data:image/png" not in (folder / "report.html").read_text()
     local = (tmp_path / "report" / "report.html").read_text()
     assert local.count("data:image/png") >= 2 * 8 + 2 * 6
-    # The same numbers from one attacker, with nothing left of the first run.
-    stored = {key for key in after if key.startswith(("verifications/", "reports/verify-"))}
-    for key in stored:
-        store.delete(key)
-    again = fixative("verify", archive, "-c", config, "--actors", 1)
+    # Once more: it finds everything stored and runs nothing.
+    again = fixative("verify", archive, "-c", config, "--out", tmp_path / "elsewhere")
     assert again.code == 0, again
-    assert comparable(report_of(archive)[1]) == comparable(document)
-    # And once more, which finds everything stored and runs nothing.
-    third = fixative("verify", archive, "-c", config)
-    assert third.code == 0, third
-    assert comparable(report_of(archive)[1]) == comparable(document)
-
-
-def comparable(document: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in document.items() if name != "created_at"}
+    assert report_of(archive)[1] == document
+    assert "attack: 12/12" in again.out
+    assert "12 trials were done before; their pictures are not here" in again.out
+    here = fixative("verify", archive, "-c", config, "--out", tmp_path / "report")
+    assert "pictures are not here" not in here.out
+    assert (tmp_path / "report" / "report.html").read_text().count("data:image/png") == local.count("data:image/png")
 
 
 @pytest.mark.parametrize(
@@ -108,6 +126,8 @@ def comparable(document: dict[str, Any]) -> dict[str, Any]:
         (["--attack-model", "soap=x"], ["no kind of model named 'soap'"]),
         (["--attack-model", "latent"], ["write KIND=FOLDER"]),
         (["--purifier", "noisy-upscaling"], ["no upscaler model given"]),
+        (["--editor", "inpaint"], ["no inpaint model given"]),
+        (["--attack-model", "pixel=/nowhere"], ["no folder '/nowhere'"]),
         (["--groups", "0", "--edited", "0"], ["nothing to attack"]),
     ],
 )
@@ -129,6 +149,137 @@ def test_settings_that_do_not_exist_are_named(archive: Path, tmp_path: Path, tin
     result = fixative("verify", archive, "-c", config)
     assert result.code == 2
     assert "stepz" in result.error
+
+
+def test_pictures_do_not_go_into_the_archive(archive: Path) -> None:
+    for inside in (archive / "report", archive.parent / "source" / "report"):
+        result = fixative("verify", archive, "--out", inside)
+        assert result.code == 2, result
+        assert "overlap" in result.error
+        assert not inside.exists()
+
+
+def test_a_shard_that_cannot_be_attacked_is_named_and_made_up_for(archive: Path, tiny: Path, tmp_path: Path) -> None:
+    destination, source = tmp_path / "destination", tmp_path / "source"
+    shutil.copytree(archive, destination, ignore=shutil.ignore_patterns("verif*"))
+    shutil.copytree(archive.parent / "source", source)
+    (source / "1.parquet").rename(tmp_path / "away")
+    command = ["verify", destination, "-c", settings_file(tmp_path, tiny), "--actors", 1]
+    first = fixative(*command, "--source", source / "0.parquet")  # a file stands for its folder, as when protecting
+    assert first.code == 1, first
+    assert EDITOR in first.out
+    for line in ("1 of 2 groups", "1 of 2 edited images"):
+        assert line in first.out
+    _, document = report_of(destination)
+    ((shard, reason),) = document["failed"].items()
+    assert shard in first.err
+    assert "SourceChanged" in reason
+    assert document["editing"][0]["units"] == document["customization"][0]["units"] == 1
+    # Once it can be reached, the same command goes on, and the whole report takes the place of the first. Its numbers
+    # are those of two attackers who were not disturbed.
+    (tmp_path / "away").rename(source / "1.parquet")
+    second = fixative(*command, "--source", source)
+    assert second.code == 0, second
+    assert "attack: 6/12" in second.out
+    assert numbers(report_of(destination)[1]) == numbers(report_of(archive)[1])
+
+
+def numbers(document: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in document.items() if name not in ("created_at", "destination")}
+
+
+# --- What is chosen
+
+
+def planned(destination: Path, model: Path, **attack: Any) -> tuple[Campaign, list[Target]]:
+    return plan_campaign(VerifyConfig(destination=str(destination), attack=attack_settings(model, **attack)))
+
+
+@pytest.fixture
+def copy(archive: Path, tmp_path: Path) -> Path:
+    """A copy of the archive that a test may spoil."""
+    return shutil.copytree(archive, tmp_path / "copy")
+
+
+def rewrite(file: Path, **changes: Any) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def test_only_the_manifests_of_chosen_shards_are_read(copy: Path, tiny: Path) -> None:
+    _, (target,) = planned(copy, tiny, groups=1, edited=1)
+    assert (target.groups, target.edited) == (1, 1)
+    (other,) = (file for file in (copy / "manifests").iterdir() if file.stem != target.shard.shard_id)
+    other.write_text("spoiled")
+    assert planned(copy, tiny, groups=1, edited=1)[1] == [target]
+    with pytest.raises(IntegrityError, match="not the manifest that was published"):
+        planned(copy, tiny, groups=2)
+
+
+def test_a_target_is_the_shard_that_was_planned(archive: Path, tiny: Path) -> None:
+    plan = json.loads(next((archive / "plans").glob("plan-*.json")).read_text())
+    listed = {entry["shard_id"]: Shard(**entry) for entry in plan["shards"]}
+    for target in planned(archive, tiny)[1]:
+        assert replace(target.shard, units=0) == replace(listed[target.shard.shard_id], units=0)
+
+
+def test_groups_and_images_are_dealt_out_evenly(archive: Path, tiny: Path) -> None:
+    for groups, edited in ((3, 4), (0, 1), (5, 0)):
+        targets = planned(archive, tiny, groups=groups, edited=edited)[1]
+        for wanted, shares in ((groups, [t.groups for t in targets]), (edited, [t.edited for t in targets])):
+            assert sum(shares) == wanted
+            assert max(shares) - min(shares) <= 1
+
+
+def test_shards_whose_originals_were_replaced_are_left_out(copy: Path, tiny: Path) -> None:
+    shards = [file.stem for file in (copy / "manifests").iterdir()]
+    rewrite(copy / "_SUCCESS.json", superseded={shards[0]: ["0.parquet"]})
+    assert [target.shard.shard_id for target in planned(copy, tiny)[1]] == [shards[1]]
+    rewrite(copy / "_SUCCESS.json", superseded={shard: ["x"] for shard in shards})
+    with pytest.raises(UserError, match="no protected images"):
+        planned(copy, tiny)
+
+
+def test_images_are_accepted_as_they_were_protected(copy: Path, tiny: Path) -> None:
+    binding = copy / "plans" / "binding.json"
+    fields = json.loads(binding.read_text())["fields"]
+    rewrite(binding, fields=fields | {"limits": {"max_pixels": 5000, "min_side": 40}})
+    assert planned(copy, tiny)[0].limits == DecodeLimits(max_pixels=5000, min_side=40)
+
+
+def test_a_campaign_is_named_by_what_decides_its_numbers(archive: Path, tiny: Path, tmp_path: Path) -> None:
+    name = planned(archive, tiny)[0].campaign_id
+    moved = shutil.copytree(tiny, tmp_path / "moved")
+    (moved / "README.md").write_text("a checkpoint is what its weights and settings are")
+    assert planned(archive, moved)[0].campaign_id == name
+    others = [
+        planned(archive, small_model(tmp_path / "other", seed=1)),
+        planned(archive, tiny, seed=1),
+        planned(archive, tiny, edited=3),
+        planned(archive, tiny, purifiers=["jpeg75", "gridpure-quick"]),
+    ]
+    names = {name, *(campaign.campaign_id for campaign, _ in others)}
+    assert len(names) == 5
+    # A checkpoint that is only there for others does not count.
+    assert list(others[0][0].digests) == ["latent"]
+    assert list(others[3][0].digests) == ["latent", "pixel"]
+
+
+def test_a_digest_changes_with_every_defining_file_and_its_name(tmp_path: Path) -> None:
+    (tmp_path / "unet").mkdir()
+    found = {folder_digest(tmp_path)}
+    for name, text in (
+        ("unet/config.json", "1"),
+        ("unet/a.safetensors", "1"),
+        ("merges.txt", "1"),
+        ("merges.txt", "2"),
+    ):
+        (tmp_path / name).write_text(text)
+        found.add(folder_digest(tmp_path))
+    (tmp_path / "unet" / "a.safetensors").rename(tmp_path / "unet" / "b.safetensors")
+    found.add(folder_digest(tmp_path))
+    assert len(found) == 6
+    (tmp_path / "preview.png").write_text("1")
+    assert folder_digest(tmp_path) in found
 
 
 # --- The laboratory bench
