@@ -15,9 +15,9 @@ PINNED: dict[str, dict[str, str]] = {
     },
     NANO_EMBED: {"model.safetensors": "7989753ea9418b1411ebe0841289c71901d750781b95c8a42ed3b41f31a4bc0c"},
     NANO_SD: {
-        "text_encoder/model.safetensors": "ec776f10ae08df1b1dc8ec35f4b64c9a23190c21ee5a9380308d1cd7710cae7e",
-        "unet/diffusion_pytorch_model.safetensors": "55a66febd73ed79f23afb3f74c8ab481deb59ec5341a236e8aca074c2632abd4",
-        "vae/diffusion_pytorch_model.safetensors": "49ac7e9131b4746ee851ce5491d5092f34e4ea429012fa41f17004bc05b77e62",
+        "text_encoder/model.safetensors": "8710a2059e67b6a2839170dc5589ea08e100dacb37263bb5ce6dc6b74cdd3ca2",
+        "unet/diffusion_pytorch_model.safetensors": "769a0410277bfd2e42c7c63c14c28056436a030746b1121ca465fe6db7cbd0ba",
+        "vae/diffusion_pytorch_model.safetensors": "73f931a45b585edef76b861e9405e928480aacb388bfbf62e3fdebb1b8899a82",
     },
 }
 
