@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from flows.options import S3Endpoint, S3Profile, S3Region
 from pipeline.config import S3Settings
 from pipeline.errors import UserError
 
@@ -33,17 +34,6 @@ Out = Annotated[Path, typer.Argument(help="Folder for the pictures and attack.js
 Count = Annotated[int, typer.Option("--count", help="Use the first so many images.")]
 Seed = Annotated[int, typer.Option("--seed", help="Of the attack's random draws.")]
 Device = Annotated[str, typer.Option("--device", help="cpu or cuda.")]
-S3Endpoint = Annotated[
-    str | None,
-    typer.Option("--s3-endpoint", help="URL of an S3 service other than AWS.", envvar="FIXATIVE_S3_ENDPOINT"),
-]
-S3Region = Annotated[str | None, typer.Option("--s3-region", help="Region.", envvar="FIXATIVE_S3_REGION")]
-S3Profile = Annotated[
-    str | None,
-    typer.Option(
-        "--s3-profile", help="Profile of ~/.aws; else the usual AWS variables or role.", envvar="FIXATIVE_S3_PROFILE"
-    ),
-]
 FEW = 8  # images; an attack on one takes seconds to minutes
 Models = Annotated[
     list[str] | None,

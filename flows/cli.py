@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 
 from flows import attack, models, show
+from flows.options import ARCHIVE, METHOD, OUTPUT, RUN, S3Endpoint, S3Profile, S3Region, option
 from flows.settings import job_config, overrides_of, settings
 from pipeline.config import JobConfig, S3Settings, VerifyConfig
 from pipeline.errors import PipelineError, UserError
@@ -38,22 +39,9 @@ app.add_typer(attack.app, name="attack")
 console = Console()
 errors = Console(stderr=True)
 
-ARCHIVE, METHOD, OUTPUT, RUN, STORE = "Archive", "Method", "Output and check", "How it runs", "S3"
-
-
-def _option(*names: str, panel: str, help: str) -> Any:
-    envvar = "FIXATIVE_" + names[0].lstrip("-").upper().replace("-", "_")
-    return typer.Option(*names, rich_help_panel=panel, help=help, envvar=envvar)
-
-
 Source = Annotated[str | None, typer.Argument(help="Folder, prefix or file: images, Parquet, tars. Any fsspec URL.")]
 Destination = Annotated[str | None, typer.Argument(help="Folder or s3:// prefix for the results.")]
 Finished = Annotated[str, typer.Argument(help="Folder or s3:// prefix that holds results.")]
-S3Endpoint = Annotated[str | None, _option("--s3-endpoint", panel=STORE, help="URL of an S3 service other than AWS.")]
-S3Region = Annotated[str | None, _option("--s3-region", panel=STORE, help="Region.")]
-S3Profile = Annotated[
-    str | None, _option("--s3-profile", panel=STORE, help="Profile of ~/.aws; else the usual AWS variables or role.")
-]
 
 
 @app.command()
@@ -66,24 +54,24 @@ def protect(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and an estimate, write nothing.")] = False,
     image_column: Annotated[
         str | None,
-        _option("--image-column", panel=ARCHIVE, help="Parquet column with the images, if there are several."),
+        option("--image-column", panel=ARCHIVE, help="Parquet column with the images, if there are several."),
     ] = None,
     id_column: Annotated[
-        str | None, _option("--id-column", panel=ARCHIVE, help="Parquet column with asset ids. [default: asset_id]")
+        str | None, option("--id-column", panel=ARCHIVE, help="Parquet column with asset ids. [default: asset_id]")
     ] = None,
     other_images: Annotated[
         str | None,
-        _option("--other-images", panel=ARCHIVE, help="Other pictures of a row: refuse, drop, keep. [default: refuse]"),
+        option("--other-images", panel=ARCHIVE, help="Other pictures of a row: refuse, drop, keep. [default: refuse]"),
     ] = None,
     method: Annotated[
-        str | None, _option("--method", panel=METHOD, help="See `fixative methods`. [default: photoguard]")
+        str | None, option("--method", panel=METHOD, help="See `fixative methods`. [default: photoguard]")
     ] = None,
     preset: Annotated[
-        str | None, _option("--preset", panel=METHOD, help="paper, fast or strong. [default: fast]")
+        str | None, option("--preset", panel=METHOD, help="paper, fast or strong. [default: fast]")
     ] = None,
     eps: Annotated[
         float | None,
-        _option("--eps", panel=METHOD, help="Budget in 8-bit levels. [default: the preset's]"),
+        option("--eps", panel=METHOD, help="Budget in 8-bit levels. [default: the preset's]"),
     ] = None,
     overrides: Annotated[
         list[str] | None,
@@ -91,32 +79,32 @@ def protect(
     ] = None,
     model: Annotated[
         str | None,
-        _option("--model", panel=METHOD, help="Diffusers folder or hub id. [default: nano-sd, embedded, a laboratory]"),
+        option("--model", panel=METHOD, help="Diffusers folder or hub id. [default: nano-sd, embedded, a laboratory]"),
     ] = None,
     precision: Annotated[
-        str | None, _option("--precision", panel=METHOD, help="float32 or bfloat16 networks. [default: float32]")
+        str | None, option("--precision", panel=METHOD, help="float32 or bfloat16 networks. [default: float32]")
     ] = None,
-    prompt: Annotated[str | None, _option("--prompt", panel=METHOD, help="Caption for methods that use one.")] = None,
-    seed: Annotated[int | None, _option("--seed", panel=METHOD, help="Base seed. [default: 0]")] = None,
+    prompt: Annotated[str | None, option("--prompt", panel=METHOD, help="Caption for methods that use one.")] = None,
+    seed: Annotated[int | None, option("--seed", panel=METHOD, help="Base seed. [default: 0]")] = None,
     format: Annotated[
-        str | None, _option("--format", panel=OUTPUT, help="png or webp (lossless), or jpeg. [default: png]")
+        str | None, option("--format", panel=OUTPUT, help="png or webp (lossless), or jpeg. [default: png]")
     ] = None,
     resolution: Annotated[
-        str | None, _option("--resolution", panel=OUTPUT, help="training-scale or native. [default: training-scale]")
+        str | None, option("--resolution", panel=OUTPUT, help="training-scale or native. [default: training-scale]")
     ] = None,
     check_fraction: Annotated[
-        float | None, _option("--check-fraction", panel=OUTPUT, help="Share of assets that is checked. [default: 0.02]")
+        float | None, option("--check-fraction", panel=OUTPUT, help="Share of assets that is checked. [default: 0.02]")
     ] = None,
     actors: Annotated[
-        int | None, _option("--actors", panel=RUN, help="Optimizer actors. [default: one per GPU, or per CPU core]")
+        int | None, option("--actors", panel=RUN, help="Optimizer actors. [default: one per GPU, or per CPU core]")
     ] = None,
-    device: Annotated[str | None, _option("--device", panel=RUN, help="auto, cpu or cuda. [default: auto]")] = None,
+    device: Annotated[str | None, option("--device", panel=RUN, help="auto, cpu or cuda. [default: auto]")] = None,
     ray_address: Annotated[
-        str | None, _option("--ray-address", panel=RUN, help="A running Ray cluster; else one starts here for the run.")
+        str | None, option("--ray-address", panel=RUN, help="A running Ray cluster; else one starts here for the run.")
     ] = None,
     single_writer: Annotated[
         bool | None,
-        _option(
+        option(
             "--single-writer",
             panel=RUN,
             help="Stores without conditional writes: only one run at a time.",
@@ -235,7 +223,7 @@ def verify(
     actors: Annotated[int | None, typer.Option("--actors", help="Attackers. [default: one per GPU or core]")] = None,
     single_writer: Annotated[
         bool | None,
-        _option("--single-writer", panel=RUN, help="Stores without conditional writes: only one run at a time."),
+        option("--single-writer", panel=RUN, help="Stores without conditional writes: only one run at a time."),
     ] = None,
     s3_endpoint: S3Endpoint = None,
     s3_region: S3Region = None,

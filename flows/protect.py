@@ -19,8 +19,8 @@ from pipeline.job import Job
 from pipeline.manifest import Manifest, read_commits, read_manifests, read_success, says
 from pipeline.plan import Plan, Shard, plan_columns
 from pipeline.run import Tally, Task, cut_waves, prepare, publish, raised
-from pipeline.verify.check import UNPURIFIED
 from pipeline.verify.report import read_verification, write_verification
+from pipeline.verify.scores import NO_PURIFIER
 from pipeline.verify.statistics import Survival
 
 
@@ -77,7 +77,7 @@ def plan_archive(config: JobConfig) -> tuple[Job, Plan]:
 
 
 @task(name="protect-wave", cache_policy=NO_CACHE)
-def protect_wave(job: Job, pool: Any, tasks: Sequence[Task], tally: Tally, rung: int = 0) -> None:
+def protect_wave(job: Job, pool: Any, tasks: Sequence[Task], tally: Tally, *, again: bool = False) -> None:
     """Runs the optimizer over one wave of units. Not retried: the store holds what is done, a rerun goes on there."""
     from pipeline.ray_job import Failed, protect_units
 
@@ -85,7 +85,7 @@ def protect_wave(job: Job, pool: Any, tasks: Sequence[Task], tally: Tally, rung:
         if isinstance(result, Failed):
             tally.failed[result.shard_id] = result.error
             continue
-        tally.add(result, again=rung > 0)
+        tally.add(result, again=again)
         note = f"{tally.quarantined} quarantined" if tally.quarantined else ""
         observer().advance(result.protected + len(result.quarantined), note)
 
@@ -197,7 +197,7 @@ def _run_waves(job: Job, plan: Plan, shards: Sequence[Shard], tally: Tally) -> N
                 tasks, complete = raised(job, weak)
                 if tasks:
                     observer().step("strengthen", sum(task.rows for task in tasks))
-                    protect_wave(job, pool, tasks, tally, rung=1)
+                    protect_wave(job, pool, tasks, tally, again=True)
 
 
 def summary(outcome: Outcome) -> list[dict[str, Any]]:
@@ -218,5 +218,5 @@ def summary(outcome: Outcome) -> list[dict[str, Any]]:
 
 
 def _worst(survival: Sequence[dict[str, Any]]) -> float | None:
-    shares = [item["share"] for item in survival if item["purifier"] != UNPURIFIED and item["share"] is not None]
+    shares = [item["share"] for item in survival if item["purifier"] != NO_PURIFIER and item["share"] is not None]
     return round(min(shares), 3) if shares else None

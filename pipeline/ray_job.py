@@ -200,7 +200,7 @@ class Optimize:
             yield item.key
         elif isinstance(item, Trial):
             self.bench = self.bench or TrialBench(attack_of(self.job), self.models)
-            store_trial(self.job, self.bench.run(item))
+            store_trial(self.job.destination(), self.bench.run(item))
             yield item.key
         else:
             yield self.optimizer.protect(item)

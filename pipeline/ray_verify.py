@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 
 from pipeline.ray_job import LOAD_CPUS, Batch, Failed, Pool, each, on_actors, results, source
-from pipeline.storage import put_json_new
 from pipeline.verify.attack_models import AttackModels
 from pipeline.verify.campaign import Campaign, Target, prepare_target
 from pipeline.verify.edit_trial import EditTrial, run_edit_trial
 from pipeline.verify.trial import Trial, TrialBench, TrialResult
+from pipeline.verify.trials import store_trial
 
 
 def run_campaign(campaign: Campaign, pool: Pool, targets: Sequence[Target]) -> Iterator[TrialResult | Failed]:
@@ -42,6 +40,5 @@ class Attacks:
 
     def _one(self, trial: Trial | EditTrial) -> Iterator[TrialResult]:
         result = run_edit_trial(trial, self.bench.models) if isinstance(trial, EditTrial) else self.bench.run(trial)
-        document: dict[str, Any] = {"writer_id": uuid.uuid4().hex, **result.to_json()}
-        put_json_new(self.campaign.destination(), result.key, document)
+        store_trial(self.campaign.destination(), result)
         yield result

@@ -39,10 +39,8 @@ class Tally:
     resumed: int = 0
     units: int = 0
     protected: int = 0
-    # Assets that were protected again, because the gate asked for a stronger preset.
-    again: int = 0
     errors: Counter[str] = field(default_factory=Counter)
-    # Of assets that were protected again.
+    # Of assets that were protected again, because the gate asked for a stronger preset.
     errors_again: Counter[str] = field(default_factory=Counter)
     # Shards that could not go on, with the reason.
     failed: dict[str, str] = field(default_factory=dict)
@@ -65,7 +63,6 @@ class Tally:
         """
         self.units += 1
         if again:
-            self.again += receipt.protected + len(receipt.quarantined)
             self.errors_again.update(receipt.quarantined)
         else:
             self.protected += receipt.protected

@@ -106,6 +106,17 @@ def s3_proxy(s3_server: S3Server) -> Iterator[S3Proxy]:
         thread.join()
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """One thread for torch: more cost more than they give on tiny models, and other tests may share the cores."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def ray_cluster(no_real_aws: None) -> Iterator[str]:
     """One local Ray for all tests that run a job in this process; the address at which other processes join it."""

@@ -7,7 +7,6 @@ import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import diffusers
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor
 from pipeline.laboratory import autoencoder, cost, denoiser, neighbours, personalization, purification
 from pipeline.laboratory.autoencoder import EncoderAttack
 from pipeline.laboratory.figures import Figure
-from pipeline.verify.attack_models import load_pipeline
+from pipeline.verify.attack_models import ModelKind, load_pipeline
 from pipeline.verify.customizers.dreambooth import DreamBooth
 from pipeline.verify.embed import Embedder
 from protectors.mist import MistConfig, checkerboard
@@ -97,21 +96,12 @@ def _embed_figures(order: Evaluation, note: Note) -> list[Figure]:
 
 
 def _ddpm_figures(order: Evaluation, note: Note) -> list[Figure]:
-    pipeline = load_tiles(order.folders[NANO_DDPM])
+    pipeline = load_pipeline(order.folders[NANO_DDPM], ModelKind.PIXEL)
     held_out = load_photos(order.data, held_out=True, limit=64)
     rule = CropRule(pipeline.unet.config.sample_size, scales=(0.45, 0.45), colour=0)
     tiles = torch.stack([random_crop(image, rule, (0, place)) for place, image in enumerate(held_out.images)])
     sample = f"{len(tiles)} held-out tiles of {tiles.shape[-1]} px"
     return purification.figures(pipeline, tiles, sample, (10, 50, 100), (10, 20, 30, 40, 50))
-
-
-def load_tiles(folder: Path) -> Any:
-    """The DDPMPipeline of a pixel-space model, in float32."""
-    pipeline = diffusers.DDPMPipeline.from_pretrained(
-        str(folder), dtype=torch.float32, use_safetensors=True, local_files_only=True
-    )
-    pipeline.unet.eval().requires_grad_(False)
-    return pipeline
 
 
 def _sd_figures(order: Evaluation, note: Note) -> list[Figure]:
@@ -175,7 +165,7 @@ def evaluate_quick(folders: Mapping[str, Path], photos: Photos, out: Path) -> li
     found += autoencoder.fragility(pipeline.vae, images[:4], "4 photos", attack, (None, None))
     drawn = denoiser.samples(pipeline, denoiser.CAPTIONS[:2], 2, steps=10, guidance=5.0)
     denoiser.contact_sheet(drawn, denoiser.CAPTIONS[:2], out / "samples.png")
-    tile_model = load_tiles(folders[NANO_DDPM])
+    tile_model = load_pipeline(folders[NANO_DDPM], ModelKind.PIXEL)
     tiles = _centres(photos, tile_model.unet.config.sample_size)
     found += purification.figures(tile_model, tiles, sample, (10,), (10,))
     views, names = _two_views(photos)

@@ -27,9 +27,9 @@ from pipeline.units import group_units
 from pipeline.verify.attack_models import AttackModels
 from pipeline.verify.purifiers import PURIFIERS
 from pipeline.verify.sample import choose_sample
+from pipeline.verify.scores import NO_PURIFIER
 from pipeline.worker import Optimizer
 
-UNPURIFIED = "none"
 NO_MODELS = AttackModels({})
 AT_TRAINING_SCALE = "@training-scale"
 
@@ -127,7 +127,7 @@ def _cells(job: Job, original: bytes, row: dict[str, Any], rung: int) -> Checked
     pair = (model_view(clean), model_view(decode(data, limits=job.limits)))
     # What an attacker's trainer makes of an image, whatever the resolution policy.
     small = (to_training_scale(pair[0], job.base_size), to_training_scale(pair[1], job.base_size))
-    cells = {UNPURIFIED: small}
+    cells = {NO_PURIFIER: small}
     for name in job.config.job.check.purifiers:
         if PURIFIERS[name].needs is None:
             # The attacker may purify the file, or what the trainer sees; on a large image the first does little.
@@ -149,7 +149,7 @@ def measure_check(optimizer: Optimizer, check: Check, models: AttackModels) -> d
     rows: dict[str, Any] = {}
     wanted = optimizer.job.config.job.check.purifiers
     for asset in check.assets:
-        small = asset.cells[UNPURIFIED]
+        small = asset.cells[NO_PURIFIER]
         modelled = [name for name in wanted if PURIFIERS[name].needs is not None]
         cells = asset.cells | {
             name + AT_TRAINING_SCALE: _purified(name, small, asset.seed, models) for name in modelled

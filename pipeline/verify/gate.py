@@ -10,7 +10,8 @@ from pipeline.job import Job
 from pipeline.plan import Shard
 from pipeline.storage import Store, get_json, put_json_new
 from pipeline.verify.bootstrap import Interval
-from pipeline.verify.check import AT_TRAINING_SCALE, UNPURIFIED, sampled_rows, stored_checks
+from pipeline.verify.check import AT_TRAINING_SCALE, sampled_rows, stored_checks
+from pipeline.verify.scores import NO_PURIFIER
 from pipeline.verify.statistics import survival
 from pipeline.verify.tables import State
 from pipeline.verify.trials import stored_tables
@@ -110,7 +111,7 @@ def _survival(job: Job, shard: Shard) -> Decision:
     counted = [
         item
         for item in found
-        if item.purifier != UNPURIFIED and (not chosen or item.purifier.removesuffix(AT_TRAINING_SCALE) in chosen)
+        if item.purifier != NO_PURIFIER and (not chosen or item.purifier.removesuffix(AT_TRAINING_SCALE) in chosen)
     ]
     shares = [(item.share, item) for item in counted if item.share is not None]
     if not shares:
@@ -132,7 +133,7 @@ def _effect(job: Job, shard: Shard) -> Decision:
     rows = {row.purifier: row for row in table.rows}
     worst: tuple[Interval, str] | None = None
     # Without purification, and after each that counts: one that cannot be judged must not pass for a good one.
-    for name in (UNPURIFIED, *(check.gate.purifiers or check.customize_after)):
+    for name in (NO_PURIFIER, *(check.gate.purifiers or check.customize_after)):
         row = rows.get(name)
         if row is not None and row.state is State.INVALID:
             continue  # it ruins clean images too: no attacker would use it

@@ -18,8 +18,8 @@ from jinja2 import ChainableUndefined, Environment, PackageLoader, Undefined
 from markupsafe import Markup
 
 from pipeline.verify import wording
-from pipeline.verify.check import UNPURIFIED
 from pipeline.verify.plots import Span, Tone, interval_plot
+from pipeline.verify.scores import NO_PURIFIER
 from pipeline.verify.tables import State
 
 MOST_SHARDS = 200
@@ -171,7 +171,7 @@ def _survival_plot(entries: Sequence[Mapping[str, Any]]) -> Markup | None:
     spans = [
         _span(item, label=wording.treatment(item["purifier"]), tone=Tone.OPEN, value="share")
         for item in entries
-        if item["purifier"] != UNPURIFIED
+        if item["purifier"] != NO_PURIFIER
     ]
     if not spans:
         return None

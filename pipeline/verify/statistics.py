@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.verify.check import UNPURIFIED
+from pipeline.verify.scores import NO_PURIFIER
 
 RESAMPLES = 2000
 CONFIDENCE = 0.95
@@ -41,9 +41,9 @@ def survival(objectives: Sequence[Mapping[str, Sequence[float]]], *, seed: int =
     if not objectives:
         return []
     gains = {name: np.array([image[name][1] - image[name][0] for image in objectives]) for name in objectives[0]}
-    before = gains[UNPURIFIED]
+    before = gains[NO_PURIFIER]
     totals = _resampled_sums(np.stack(list(gains.values())), seed)
-    base = totals[:, list(gains).index(UNPURIFIED)]
+    base = totals[:, list(gains).index(NO_PURIFIER)]
     return [
         _survival(name, gain, before, totals[base > 0, i] / base[base > 0])
         for i, (name, gain) in enumerate(gains.items())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -50,9 +50,15 @@ def attack_of(job: Job) -> Attack:
         preset=check.customizer_preset,
         overrides=check.customizer_overrides,
         models=models,
-        side=model_base_size(model_folder(models[ModelKind.LATENT])),
+        side=_side(models[ModelKind.LATENT]),
         seed=job.config.job.seed,
     )
+
+
+@lru_cache
+def _side(model: str) -> int:
+    """Looked up once per process: every shard asks, and an embedded model's weights are hashed each time."""
+    return model_base_size(model_folder(model))
 
 
 def attack_models(job: Job) -> dict[ModelKind, str]:
@@ -212,9 +218,9 @@ def _embed(specimens: Specimens, selection: Selection, wanted: Sequence[Candidat
     return torch.stack([vectors[item.source_sha256] for item in wanted])
 
 
-def store_trial(job: Job, result: TrialResult) -> None:
+def store_trial(destination: Store, result: TrialResult) -> None:
     """Writes a result, create-only: one that another run stored first stays."""
-    put_json_new(job.destination(), result.key, {"writer_id": uuid.uuid4().hex, **result.to_json()})
+    put_json_new(destination, result.key, {"writer_id": uuid.uuid4().hex, **result.to_json()})
 
 
 def stored_scores(destination: Store, keys: Sequence[str]) -> list[Score]:

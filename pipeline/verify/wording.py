@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.verify.check import AT_TRAINING_SCALE, UNPURIFIED
+from pipeline.verify.check import AT_TRAINING_SCALE
 from pipeline.verify.plots import Tone
 from pipeline.verify.scores import NO_PURIFIER
 from pipeline.verify.tables import FEW_UNITS, State, Verdict
@@ -190,12 +190,12 @@ def _between(found: Mapping[str, Any], method: Mapping[str, Any] | None) -> str:
 
 def worst_survival(entries: Sequence[Mapping[str, Any]] | None) -> Mapping[str, Any] | None:
     """The purifier that leaves least of the objective's gain; None where no share exists."""
-    shares = [item for item in entries or () if item["purifier"] != UNPURIFIED and item.get("share") is not None]
+    shares = [item for item in entries or () if item["purifier"] != NO_PURIFIER and item.get("share") is not None]
     return min(shares, key=lambda item: float(item["share"]), default=None)
 
 
 def _objective(document: Mapping[str, Any]) -> list[Headline]:
-    entries = [item for item in document.get("survival") or () if item["purifier"] != UNPURIFIED]
+    entries = [item for item in document.get("survival") or () if item["purifier"] != NO_PURIFIER]
     worst = worst_survival(entries)
     if not entries and document.get("kind") == "verify":
         return []  # later verifications attack; they do not look at the objective

@@ -11,7 +11,6 @@ Tiny random models show mechanics, never how strong an attack is.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -53,12 +52,7 @@ def name_of(editor: Any) -> str:
 every_editor = pytest.mark.parametrize("editor", SMALL_EDITORS, ids=name_of)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor, AttnP
 from torch import Tensor
 
 from pipeline.verify.attack_models import AttackModels, ModelKind
-from pipeline.verify.editors.base import Edit, Editor, mirrored, model_stride
+from pipeline.verify.editors.base import Edit, Editor, model_stride
 from pipeline.verify.editors.diffedit import DiffEdit
 from pipeline.verify.editors.inpaint import BlendedInpaint, Inpaint
 from pipeline.verify.editors.masactrl import (
@@ -28,6 +27,7 @@ from pipeline.verify.editors.masactrl import (
 )
 from pipeline.verify.editors.pipelines import encode, rebuild
 from pipeline.verify.editors.sdedit import SDEdit
+from pipeline.verify.padding import pad_to_multiple
 from protectors.model_files import ModelError
 from tests.pipeline.edit_models import middle_masks, pictures, save_edit_models, save_eight_channel_model
 from tests.protectors.tiny import WIDTH
@@ -35,12 +35,7 @@ from tests.protectors.tiny import WIDTH
 WISH = Edit(target="a red fox", source="a dog")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +50,7 @@ def run(editor: Editor, image: Tensor, models: AttackModels, masks: Tensor | Non
 def test_mirroring_is_numpys_at_every_size() -> None:
     for side in range(1, 301):
         row = torch.arange(3 * side).reshape(1, 1, 3, side)
-        padded = mirrored(row, 32)
+        padded = pad_to_multiple(row, 32)
         assert padded.shape[-2] % 32 == padded.shape[-1] % 32 == 0
         expected = np.pad(row[0, 0].numpy(), ((0, 29), (0, -side % 32)), mode="reflect")
         assert np.array_equal(padded[0, 0].numpy(), expected)
@@ -125,7 +120,7 @@ def test_masactrl_without_mutual_attention_is_plain_sampling(models: AttackModel
     editor = MasaCtrl(steps=3, from_step=3, guidance=guidance)
     plain = rebuild(StableDiffusionPipeline, given)
     with torch.no_grad():
-        padded = mirrored(image.float() / 255, model_stride(given))
+        padded = pad_to_multiple(image.float() / 255, model_stride(given))
         noise = invert(given, encode(given, padded), WISH.source, steps=3)[-1]
         sampled = plain(
             WISH.target, latents=noise, num_inference_steps=3, guidance_scale=guidance, output_type="pt"

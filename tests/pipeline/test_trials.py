@@ -177,10 +177,10 @@ def test_results_are_stored_once_and_read_back_as_tables(checked: tuple[Job, Sha
     job, shard, plan = checked
     results = [bench.run(trial) for trial in prepare_trials(job, shard)]
     for result in results[:-1]:
-        store_trial(job, result)
+        store_trial(job.destination(), result)
     (left,) = prepare_trials(job, shard)  # a run that died goes on with what is missing
     assert left.key == results[-1].key
-    store_trial(job, bench.run(left))
+    store_trial(job.destination(), bench.run(left))
     assert list(prepare_trials(job, shard)) == []
     scores = stored_scores(job.destination(), [result.key for result in results])
     assert sorted(map(str, scores)) == sorted(str(score) for result in results for score in result.scores)

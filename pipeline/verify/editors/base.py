@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pipeline.verify.attack_models import AttackModels, ModelKind
+from pipeline.verify.padding import pad_to_multiple
 from protectors.randomness import streams
 
 
@@ -117,7 +118,7 @@ class Editor(ABC):
     def _edit_one(self, given: Any, image: Tensor, edit: Edit, generator: torch.Generator, area: Tensor) -> Tensor:
         """uint8 `(3, H, W)` in and out; the padding is put on and taken off here."""
         stride = model_stride(given)
-        padded, mask = mirrored(image[None].float() / 255, stride), mirrored(area[None].float(), stride)
+        padded, mask = pad_to_multiple(image[None].float() / 255, stride), pad_to_multiple(area[None].float(), stride)
         edited = self._edit(given, padded, edit, generator, mask)
         if edited.shape != padded.shape or not bool(edited.isfinite().all()):
             raise RuntimeError(f"{self.name} broke its contract: shape {tuple(edited.shape)} or not finite")
@@ -130,17 +131,3 @@ def model_stride(given: Any) -> int:
     # The UNet halves its input once per block but the last, and its skip connections need even sides.
     stride: int = given.vae_scale_factor * 2 ** (len(given.unet.config.block_out_channels) - 1)
     return stride
-
-
-def mirrored(pixels: Tensor, stride: int) -> Tensor:
-    """`(B, C, H, W)` continued to the right and down, to multiples of `stride`, by reflection about the last pixel.
-
-    Unlike torch's own padding it reflects again where the image is smaller than what is missing.
-    """
-    rows, columns = (_reflected_positions(side, stride) for side in pixels.shape[-2:])
-    return pixels[..., rows[:, None], columns]
-
-
-def _reflected_positions(side: int, stride: int) -> Tensor:
-    positions = torch.arange(-(-side // stride) * stride) % max(1, 2 * (side - 1))
-    return torch.minimum(positions, 2 * (side - 1) - positions)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from pipeline.verify.attack_models import AttackModels
+from pipeline.verify.padding import mirrored_border, pad_reflect
 from pipeline.verify.purifiers.base import Purifier
-from pipeline.verify.purifiers.geometry import mirrored_border, pad_reflect
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from pipeline.verify.attack_models import AttackModels, ModelKind
 from pipeline.verify.editors.base import model_stride
+from pipeline.verify.padding import pad_to_multiple
 from pipeline.verify.purifiers.base import Purifier
-from pipeline.verify.purifiers.geometry import pad_to_multiple
 from protectors.randomness import normal
 
 # Five scales of a window of 11: torchmetrics refuses MS-SSIM below this, and SSIM takes its place.

@@ -12,8 +12,8 @@ from torch import Tensor
 from pipeline.verify.attack_models import AttackModels, ModelKind
 from pipeline.verify.editors.base import model_stride
 from pipeline.verify.editors.pipelines import check_schedule, rebuild
+from pipeline.verify.padding import pad_to_multiple
 from pipeline.verify.purifiers.base import Purifier
-from pipeline.verify.purifiers.geometry import pad_to_multiple
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,8 +16,8 @@ from PIL import Image, ImageFilter
 from torch import Tensor
 
 from pipeline.verify.attack_models import AttackModels
+from pipeline.verify.padding import mirrored_border
 from pipeline.verify.purifiers.base import Purifier
-from pipeline.verify.purifiers.geometry import mirrored_border
 from protectors.randomness import normal
 
 

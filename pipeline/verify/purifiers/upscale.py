@@ -11,8 +11,9 @@ from torch import Tensor
 
 from pipeline.scale import Box, tile_boxes
 from pipeline.verify.attack_models import AttackModels, ModelKind
+from pipeline.verify.padding import pad_to_multiple
 from pipeline.verify.purifiers.base import Purifier
-from pipeline.verify.purifiers.geometry import pad_to_multiple, resize, shrink_to
+from pipeline.verify.purifiers.geometry import resize, shrink_to
 from protectors.randomness import normal
 
 # Of the x4 upscaler, whose latents are as large as the small image.

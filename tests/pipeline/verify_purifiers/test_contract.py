@@ -9,7 +9,6 @@ checkpoints stay as they were; 5. without its checkpoint it refuses.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -34,11 +33,8 @@ SIZE = (29, 75)
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AttackModels]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield save_attack_models(tmp_path_factory.mktemp("models"))
-    torch.set_num_threads(threads)
+def models(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> AttackModels:
+    return save_attack_models(tmp_path_factory.mktemp("models"))
 
 
 def cheap(purifier: Purifier) -> Purifier:

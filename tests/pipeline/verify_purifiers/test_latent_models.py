@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -22,11 +21,8 @@ from tests.pipeline.verify_purifiers.models import save_attack_models
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AttackModels]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield save_attack_models(tmp_path_factory.mktemp("models"))
-    torch.set_num_threads(threads)
+def models(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> AttackModels:
+    return save_attack_models(tmp_path_factory.mktemp("models"))
 
 
 def image(height: int = 32, width: int = 32) -> Tensor:

@@ -1,0 +1,22 @@
+"""Options that several commands have, and the panels that ``--help`` puts options into."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+ARCHIVE, METHOD, OUTPUT, RUN, STORE = "Archive", "Method", "Output and check", "How it runs", "S3"
+
+
+def option(*names: str, panel: str, help: str) -> Any:
+    """An option that an environment variable FIXATIVE_NAME can give as well."""
+    envvar = "FIXATIVE_" + names[0].lstrip("-").upper().replace("-", "_")
+    return typer.Option(*names, rich_help_panel=panel, help=help, envvar=envvar)
+
+
+S3Endpoint = Annotated[str | None, option("--s3-endpoint", panel=STORE, help="URL of an S3 service other than AWS.")]
+S3Region = Annotated[str | None, option("--s3-region", panel=STORE, help="Region.")]
+S3Profile = Annotated[
+    str | None, option("--s3-profile", panel=STORE, help="Profile of ~/.aws; else the usual AWS variables or role.")
+]
