@@ -62,6 +62,21 @@ class Batch:
     """One per image, or None for the method's default."""
     masks: Tensor | None = None
     """``(B, 1, H, W)`` float32, 1 = may change, 0 = must stay; None = all may change."""
+    groups: tuple[tuple[int, ...], ...] = ()
+    """Places of the images that show one subject, one tuple per subject. Within it they are in the order of their
+    seeds, so that results do not depend on the order of the batch."""
+
+    def part(self, places: Sequence[int]) -> Batch:
+        """The images at these places alone, which must be whole groups."""
+        new = {place: number for number, place in enumerate(places)}
+        chosen = list(places)
+        return Batch(
+            originals=self.originals[chosen],
+            seeds=tuple(self.seeds[place] for place in places),
+            prompts=None if self.prompts is None else tuple(self.prompts[place] for place in places),
+            masks=None if self.masks is None else self.masks[chosen],
+            groups=tuple(tuple(new[place] for place in group) for group in self.groups if group[0] in new),
+        )
 
 
 class ImageProtector(ABC, Generic[ConfigT, ModelT]):
@@ -119,10 +134,11 @@ class ImageProtector(ABC, Generic[ConfigT, ModelT]):
         *,
         prompts: Sequence[str] | None = None,
         masks: Tensor | None = None,
+        groups: Sequence[str] | None = None,
         seeds: Sequence[int],
         progress: Progress | None = None,
     ) -> ProtectResult:
-        """Protects a batch; every image as if it were alone.
+        """Protects a batch; every image, or every group of them, as if it were alone.
 
         The input is rounded to 8 bit first, and the budget holds around that. An image for which the method
         finds no finite result does not disturb the others: it comes back unchanged, with ``failed`` set.
@@ -131,13 +147,15 @@ class ImageProtector(ABC, Generic[ConfigT, ModelT]):
             images: ``(B, 3, H, W)`` float32 in [0, 1], any device.
             prompts: what each image shows; None takes the method's default.
             masks: ``(B, 1, H, W)``, values 0 and 1 only; 1 = may change.
+            groups: the subject that each image shows, for methods that train on all images of a subject; None
+                takes every image for a subject of its own. The other methods do not look at it.
             seeds: one unsigned 64-bit number per image; the same seed gives the same pixels.
             progress: called with (steps done, steps in all).
 
         Raises:
             ValueError: the input breaks one of these rules; the message says which.
         """
-        batch = self._check(images, prompts, masks, seeds)
+        batch = self._check(images, seeds, prompts=prompts, masks=masks, groups=groups)
         before = self._measure(batch.originals, batch)
         perturbed = self._perturb(batch, progress).detach()
         if perturbed.shape != batch.originals.shape:
@@ -174,7 +192,7 @@ class ImageProtector(ABC, Generic[ConfigT, ModelT]):
         Returns:
             ``(B,)`` float32 on the CPU, no graph.
         """
-        batch = self._check(originals, prompts, None, seeds)
+        batch = self._check(originals, seeds, prompts=prompts)
         _check_images(images)
         if images.shape != originals.shape:
             raise ValueError(f"images {tuple(images.shape)} and originals {tuple(originals.shape)} differ in shape")
@@ -230,7 +248,13 @@ class ImageProtector(ABC, Generic[ConfigT, ModelT]):
         return ProtectResult(images=saved.cpu(), facts=facts)
 
     def _check(
-        self, images: Tensor, prompts: Sequence[str] | None, masks: Tensor | None, seeds: Sequence[int]
+        self,
+        images: Tensor,
+        seeds: Sequence[int],
+        *,
+        prompts: Sequence[str] | None = None,
+        masks: Tensor | None = None,
+        groups: Sequence[str] | None = None,
     ) -> Batch:
         _check_images(images)
         size, _, height, width = images.shape
@@ -240,6 +264,8 @@ class ImageProtector(ABC, Generic[ConfigT, ModelT]):
             raise ValueError("seeds must be unsigned 64-bit numbers, 0 to 2**64 - 1")
         if isinstance(prompts, str) or (prompts is not None and len(prompts) != size):
             raise ValueError(f"prompts must be a list of {size} texts, one per image, or None")
+        if isinstance(groups, str) or (groups is not None and len(groups) != size):
+            raise ValueError(f"groups must be a list of {size} names, one per image, or None")
         if masks is not None:
             if masks.shape != (size, 1, height, width):
                 raise ValueError(f"masks are {tuple(masks.shape)}; use {(size, 1, height, width)}")
@@ -251,7 +277,17 @@ class ImageProtector(ABC, Generic[ConfigT, ModelT]):
             seeds=tuple(seeds),
             prompts=None if prompts is None else tuple(prompts),
             masks=masks,
+            groups=_members(seeds, groups),
         )
+
+
+def _members(seeds: Sequence[int], groups: Sequence[str] | None) -> tuple[tuple[int, ...], ...]:
+    if groups is None:
+        return tuple((place,) for place in range(len(seeds)))
+    places: dict[str, list[int]] = {}
+    for place, group in enumerate(groups):
+        places.setdefault(group, []).append(place)
+    return tuple(tuple(sorted(group, key=seeds.__getitem__)) for group in places.values())
 
 
 def _check_images(images: Tensor) -> None:

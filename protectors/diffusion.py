@@ -167,12 +167,17 @@ class DiffusionModel:
         """
         return torch.cat([self._embed(prompt) for prompt in prompts])
 
-    @torch.no_grad()
-    def _embed_one(self, prompt: str) -> Tensor:
+    def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
+        """As ``embed_prompts``, but in one batch, not remembered, and with a graph if the text encoder is trained."""
         length = self.tokenizer.model_max_length
-        tokens = self.tokenizer([prompt], padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        options = {"padding": "max_length", "max_length": length, "truncation": True, "return_tensors": "pt"}
+        tokens = self.tokenizer(list(prompts), **options)
         states: Tensor = self.text_encoder(tokens.input_ids.to(self.device)).last_hidden_state
         return states.float()
+
+    @torch.no_grad()
+    def _embed_one(self, prompt: str) -> Tensor:
+        return self.encode_prompts([prompt])
 
     def _networks(self) -> tuple[Any, Any, Any]:
         return self.vae, self.unet, self.text_encoder

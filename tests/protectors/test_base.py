@@ -99,3 +99,27 @@ def test_fake_can_end_its_process(field: str, status: int) -> None:
         f"FakeProtector(FakeConfig({field}=0), None).protect(torch.zeros(1, 3, 4, 4), seeds=[1])"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == status
+
+
+class TakesGroupsDown(FakeProtector):
+    """Remembers the groups that its batch came with."""
+
+    def _perturb(self, batch: Batch, progress: Progress | None) -> Tensor:
+        self.seen = batch
+        return super()._perturb(batch, progress)
+
+
+def test_groups_are_in_the_order_of_seeds_and_can_be_taken_apart() -> None:
+    protector = TakesGroupsDown(FakeConfig(), None)
+    images = torch.rand(4, 3, 8, 8)
+    protector.protect(images, groups=["b", "a", "b", "a"], seeds=[9, 4, 2, 5], prompts=["0", "1", "2", "3"])
+    batch = protector.seen
+    assert batch.groups == ((2, 0), (1, 3))
+    part = batch.part(batch.groups[0])
+    assert part.groups == ((0, 1),)
+    assert (part.seeds, part.prompts) == ((2, 9), ("2", "0"))
+    assert torch.equal(part.originals, batch.originals[[2, 0]])
+    protector.protect(images, seeds=[9, 4, 2, 5])
+    assert protector.seen.groups == ((0,), (1,), (2,), (3,))
+    with pytest.raises(ValueError, match="groups must be a list of 4"):
+        protector.protect(images, groups=["a"], seeds=[9, 4, 2, 5])

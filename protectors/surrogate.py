@@ -1,0 +1,210 @@
+"""Trainable stand-ins for the model that an attacker will tune: one per subject, over one set of frozen weights."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from protectors.diffusion import DiffusionModel
+from protectors.randomness import normal, streams
+
+SurrogateKind = Literal["lora", "full"]
+State = tuple[Tensor, ...]
+"""Weights of all surrogates at one moment."""
+
+_RANK = 4
+# Attention projections, as diffusers names them in UNets and transformers in CLIP's text encoder.
+_PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj")
+
+
+class Surrogates(ABC):
+    """S trainable versions of a model's UNet, and of its text encoder if wanted.
+
+    Use it as a context: outside of it the model is what it was before, weights and hooks, also after an exception.
+    Between calls of ``fit`` no weight takes a gradient.
+
+    Args:
+        model: its frozen networks are used in place, never copied.
+        count: S; surrogates never feel each other.
+        train_text_encoder: whether prompts are embedded by a trained text encoder as well.
+    """
+
+    def __init__(self, model: DiffusionModel, count: int, *, train_text_encoder: bool) -> None:
+        self.model, self.count = model, count
+        self.networks: list[Any] = [model.unet, model.text_encoder] if train_text_encoder else [model.unet]
+        self._trains_text = train_text_encoder
+
+    @abstractmethod
+    def __enter__(self) -> Surrogates: ...
+
+    @abstractmethod
+    def __exit__(self, *raised: object) -> None: ...
+
+    @property
+    @abstractmethod
+    def parameters(self) -> list[Tensor]:
+        """What is trained."""
+
+    @contextmanager
+    @abstractmethod
+    def owned(self, owners: Sequence[int]) -> Iterator[None]:
+        """Within it the model takes batches whose row i belongs to surrogate ``owners[i]``."""
+
+    @abstractmethod
+    def _clip(self, limit: float) -> None:
+        """Shortens every surrogate's own gradient to this L2 norm."""
+
+    def embed(self, prompts: Sequence[str]) -> Tensor:
+        """Prompt embeddings ``(B, L, D)`` by the surrogates that own the rows; with a graph where they are trained."""
+        return self.model.encode_prompts(prompts) if self._trains_text else self.model.embed_prompts(prompts)
+
+    def state(self) -> State:
+        """A copy of the weights."""
+        return tuple(parameter.detach().clone() for parameter in self.parameters)
+
+    def load(self, state: State) -> None:
+        """Goes back to a copy."""
+        with torch.no_grad():
+            for parameter, kept in zip(self.parameters, state, strict=True):
+                parameter.copy_(kept)
+
+    def fit(self, loss: Callable[[int], Tensor], *, steps: int, rate: float, clip: float | None = None) -> None:
+        """AdamW steps (betas 0.9 and 0.999, weight decay 0.01, new moments) on one loss per surrogate.
+
+        Args:
+            loss: step number -> ``(S,)``, inside ``owned``.
+            steps: how many.
+            rate: learning rate.
+            clip: largest L2 norm of a surrogate's gradient; None leaves it.
+        """
+        parameters = self.parameters
+        optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.999), weight_decay=1e-2)
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        try:
+            for step in range(steps):
+                optimizer.zero_grad(set_to_none=True)
+                loss(step).sum().backward()  # type: ignore[no-untyped-call]
+                if clip is not None:
+                    self._clip(clip)
+                optimizer.step()
+        finally:
+            for parameter in parameters:
+                parameter.requires_grad_(False).grad = None
+
+
+class LoraSurrogates(Surrogates):
+    """Low-rank deltas on the attention projections (Hu et al., https://arxiv.org/abs/2106.09685), all S at once.
+
+    Row i of a batch passes y = W x + B_o A_o x with its owner's A and B, so one pass serves many surrogates. B starts
+    at zero. peft keeps one adapter per training pass, hence this small one.
+
+    Args:
+        seeds: S numbers that A is drawn from.
+    """
+
+    def __init__(self, model: DiffusionModel, seeds: Sequence[int], *, train_text_encoder: bool = False) -> None:
+        super().__init__(model, len(seeds), train_text_encoder=train_text_encoder)
+        generators = streams(seeds, "surrogate")
+        self._deltas: list[tuple[nn.Linear, Tensor, Tensor]] = []
+        for network in self.networks:
+            for name, module in network.named_modules():
+                if isinstance(module, nn.Linear) and name.endswith(_PROJECTIONS):
+                    down = normal(generators, (_RANK, module.in_features)) / _RANK
+                    up = torch.zeros(self.count, module.out_features, _RANK)
+                    self._deltas.append((module, down.to(model.device), up.to(model.device)))
+        self._handles: list[Any] = []
+        self._owners: Tensor | None = None
+
+    def __enter__(self) -> LoraSurrogates:
+        self._handles = [module.register_forward_hook(self._hook(down, up)) for module, down, up in self._deltas]
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        return [factor for _, down, up in self._deltas for factor in (down, up)]
+
+    @contextmanager
+    def owned(self, owners: Sequence[int]) -> Iterator[None]:
+        before, self._owners = self._owners, torch.tensor(list(owners), device=self.model.device)
+        try:
+            yield
+        finally:
+            self._owners = before
+
+    def _hook(self, down: Tensor, up: Tensor) -> Callable[[Any, tuple[Tensor, ...], Tensor], Tensor]:
+        def add_delta(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            if self._owners is None:
+                raise RuntimeError("whose surrogate is it? call the model inside `owned`")
+            low = inputs[0].float() @ down[self._owners].mT
+            return output + (low @ up[self._owners].mT).to(output.dtype)
+
+        return add_delta
+
+    def _clip(self, limit: float) -> None:
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        squares = torch.stack([gradient.square().flatten(1).sum(1) for gradient in gradients])
+        factor = (limit / squares.sum(0).sqrt().clamp(min=limit)).view(-1, 1, 1)
+        for gradient in gradients:
+            gradient.mul_(factor)
+
+
+class FullSurrogate(Surrogates):
+    """All weights of the one surrogate; they are put back at the end.
+
+    Raises:
+        ValueError: the networks do not run in float32, in which a rate of 5e-7 would be lost.
+    """
+
+    def __init__(self, model: DiffusionModel, *, train_text_encoder: bool = False) -> None:
+        if model.dtype != torch.float32:
+            raise ValueError("a full surrogate trains the model's own weights: use precision float32, or the lora kind")
+        super().__init__(model, 1, train_text_encoder=train_text_encoder)
+        self._before: State = ()
+
+    def __enter__(self) -> FullSurrogate:
+        self._before = self.state()
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.load(self._before)
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        return [parameter for network in self.networks for parameter in network.parameters()]
+
+    @contextmanager
+    def owned(self, owners: Sequence[int]) -> Iterator[None]:
+        if any(owners):
+            raise ValueError("a full surrogate is the only one: protect one subject at a time")
+        yield
+
+    def _clip(self, limit: float) -> None:
+        torch.nn.utils.clip_grad_norm_(self.parameters, limit)
+
+
+def make_surrogates(
+    kind: SurrogateKind, model: DiffusionModel, seeds: Sequence[int], *, train_text_encoder: bool = False
+) -> Surrogates:
+    """Surrogates of one kind, one per seed; the full kind takes exactly one."""
+    if kind == "lora":
+        return LoraSurrogates(model, seeds, train_text_encoder=train_text_encoder)
+    if len(seeds) != 1:
+        raise ValueError("a full surrogate is the only one: protect one subject at a time")
+    return FullSurrogate(model, train_text_encoder=train_text_encoder)
+
+
+def group_seed(seeds: Sequence[int]) -> int:
+    """The number that a group's own draws follow from: the same for the same images in any order."""
+    digest = hashlib.sha256(",".join(map(str, sorted(seeds))).encode()).digest()
+    return int.from_bytes(digest[:8], "big")
