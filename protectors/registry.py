@@ -15,6 +15,7 @@ ENTRY_POINT_GROUP = "fixative.protectors"
 _PROTECTORS = {
     "advdm": "protectors.advdm:AdvDM",
     "mist": "protectors.mist:Mist",
+    "noise": "protectors.noise:Noise",
     "photoguard": "protectors.photoguard:PhotoGuard",
 }
 

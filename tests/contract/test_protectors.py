@@ -26,6 +26,7 @@ from tests.protectors.tiny import save_tiny_model
 SMALL: dict[str, dict[str, Any]] = {
     "advdm": {"steps": 4, "eval_draws": 2},
     "mist": {"steps": 4, "eval_draws": 2},
+    "noise": {},
     "photoguard": {"steps": 4},
 }
 FAKE = "protectors.fake:FakeProtector"

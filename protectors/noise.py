@@ -1,0 +1,73 @@
+"""Random noise of the full budget: the null control that every protection must beat."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from types import NoneType
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from protectors.base import Batch, ImageProtector
+from protectors.config import ProtectorConfig
+from protectors.constraints import LEVELS, project
+from protectors.pgd import Progress, is_grey
+from protectors.randomness import streams
+
+
+class Noise(ImageProtector[ProtectorConfig, None]):
+    """Maximises nothing: every value changes by a whole level drawn uniformly from -eps to eps.
+
+    No paper: the control of equal budget for methods such as https://arxiv.org/abs/2302.06588, without which no number
+    of theirs can be read. At 96 levels it is the other control: what destroys the images must show a large effect.
+
+    Distance: l_inf, ``config.eps_levels`` 8-bit levels of the saved pixels.
+
+    Args:
+        config: ``ProtectorConfig``; the budget is all there is.
+        model: None.
+
+    Shape: images ``(N, 3, H, W)`` float32 in [0, 1] sRGB, any H and W; the output has the same shape.
+
+    Returns:
+        ``ProtectResult``; the objective is the mean absolute change in levels.
+
+    Raises:
+        Nothing of its own.
+
+    Cost: one draw per value.
+
+    Differs from the paper: nothing to differ from. The channels of a grey image share their draws, so that it stays
+    grey.
+    """
+
+    name = "noise"
+    version = "1"
+    config_type = ProtectorConfig
+    model_type = NoneType
+    presets: ClassVar[Mapping[str, ProtectorConfig]] = {
+        "paper": ProtectorConfig(),
+        "fast": ProtectorConfig(),
+        "strong": ProtectorConfig(eps_levels=16.0),
+    }
+
+    @property
+    def steps(self) -> int:
+        return 1
+
+    def _perturb(self, batch: Batch, progress: Progress | None) -> Tensor:
+        originals, whole = batch.originals, math.floor(self.config.eps_levels)
+        draws = [
+            torch.randint(-whole, whole + 1, originals.shape[1:], generator=generator)
+            for generator in streams(batch.seeds, "noise")
+        ]
+        noise = torch.stack(draws).to(originals.device) / LEVELS
+        noise = torch.where(is_grey(originals), noise[:, :1], noise)
+        if progress is not None:
+            progress(1, 1)
+        return project(originals + noise, originals, self.config.eps_levels)
+
+    def _objective(self, images: Tensor, batch: Batch) -> Tensor:
+        return (images - batch.originals).abs().flatten(1).mean(1) * LEVELS
