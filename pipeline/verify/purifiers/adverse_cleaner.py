@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from pipeline.verify.attack_models import AttackModels
-from pipeline.verify.padding import mirrored_border, pad_reflect
+from pipeline.verify.padding import mirrored_border
 from pipeline.verify.purifiers.base import Purifier
+from protectors.tiles import pad_reflect
 
 
 @dataclass(frozen=True, kw_only=True)

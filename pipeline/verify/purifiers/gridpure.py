@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from pipeline.verify.attack_models import AttackModels, ModelKind
-from pipeline.verify.padding import pad_reflect
 from pipeline.verify.purifiers.base import Purifier
 from pipeline.verify.purifiers.ddpm import diffuse_and_denoise
-from pipeline.verify.purifiers.geometry import cut, join, tile_pieces
+from protectors.tiles import cut, join, pad_reflect, tile_pieces
 
 
 @dataclass(frozen=True, kw_only=True)
