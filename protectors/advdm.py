@@ -12,8 +12,8 @@ from torch import Tensor
 from protectors.base import Batch, ImageProtector
 from protectors.config import PgdConfig
 from protectors.diffusion import DiffusionModel
-from protectors.objectives import denoising_loss, draw, latent_denoising_loss
-from protectors.pgd import PgdPlan, Progress, pgd, uniform_start
+from protectors.objectives import denoising_loss, draw, embed_prompts, latent_denoising_loss
+from protectors.pgd import PgdPlan, Progress, pgd, start_of
 from protectors.randomness import streams
 
 
@@ -72,25 +72,18 @@ class AdvDM(ImageProtector[AdvDMConfig, DiffusionModel]):
 
     def _perturb(self, batch: Batch, progress: Progress | None) -> Tensor:
         generators = streams(batch.seeds, "advdm/attack")
-        embeddings = self._embed(batch)
-        start = None
-        if self.config.random_start:
-            start = uniform_start(batch.originals, self.config.eps_levels, generators)
+        embeddings = embed_prompts(self.model, batch, self.config.prompt)
+        start = start_of(self.config, batch.originals, generators)
 
         def loss(images: Tensor, step: int) -> Tensor:
             return denoising_loss(self.model, images, embeddings, draw(self.model, images, generators))
 
-        plan = PgdPlan(
-            eps_levels=self.config.eps_levels,
-            step_levels=self.config.step_levels,
-            steps=self.config.steps,
-            ascend=self.config.sign == "+",
-        )
+        plan = PgdPlan.of(self.config, ascend=self.config.sign == "+")
         return pgd(loss, batch.originals, plan, start=start, masks=batch.masks, progress=progress)
 
     def _objective(self, images: Tensor, batch: Batch) -> Tensor:
         generators = streams(batch.seeds, "advdm/evaluation")
-        embeddings = self._embed(batch)
+        embeddings = embed_prompts(self.model, batch, self.config.prompt)
         moments = self.model.encode_moments(images)
         losses = []
         for _ in range(self.config.eval_draws):
@@ -99,6 +92,3 @@ class AdvDM(ImageProtector[AdvDMConfig, DiffusionModel]):
             losses.append(latent_denoising_loss(self.model, latents, embeddings, draws))
         mean = torch.stack(losses).mean(0)
         return mean if self.config.sign == "+" else -mean
-
-    def _embed(self, batch: Batch) -> Tensor:
-        return self.model.embed_prompts(batch.prompts or (self.config.prompt,) * len(batch.seeds))

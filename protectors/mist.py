@@ -12,8 +12,8 @@ from torch import Tensor
 from protectors.base import Batch, ImageProtector
 from protectors.config import PgdConfig, require
 from protectors.diffusion import DiffusionModel
-from protectors.objectives import Draws, draw, latent_denoising_loss
-from protectors.pgd import PgdPlan, Progress, pgd, uniform_start
+from protectors.objectives import Draws, draw, embed_prompts, latent_denoising_loss
+from protectors.pgd import PgdPlan, Progress, pgd, start_of
 from protectors.randomness import streams
 
 
@@ -80,26 +80,21 @@ class Mist(ImageProtector[MistConfig, DiffusionModel]):
 
     def _perturb(self, batch: Batch, progress: Progress | None) -> Tensor:
         generators = streams(batch.seeds, "mist/attack")
-        embeddings, target = self._embed(batch), self._target(batch.originals)
-        start = None
-        if self.config.random_start:
-            start = uniform_start(batch.originals, self.config.eps_levels, generators)
+        embeddings = embed_prompts(self.model, batch, self.config.prompt)
+        target = pattern_latents(self.model, batch.originals, self.config.cell)
+        start = start_of(self.config, batch.originals, generators)
 
         def loss(images: Tensor, step: int) -> Tensor:
             draws = draw(self.model, images, generators)
             return self._loss(self.model.encode_moments(images), target, embeddings, draws)
 
-        plan = PgdPlan(
-            eps_levels=self.config.eps_levels,
-            step_levels=self.config.step_levels,
-            steps=self.config.steps,
-            ascend=False,
-        )
+        plan = PgdPlan.of(self.config, ascend=False)
         return pgd(loss, batch.originals, plan, start=start, masks=batch.masks, progress=progress)
 
     def _objective(self, images: Tensor, batch: Batch) -> Tensor:
         generators = streams(batch.seeds, "mist/evaluation")
-        embeddings, target = self._embed(batch), self._target(images)
+        embeddings = embed_prompts(self.model, batch, self.config.prompt)
+        target = pattern_latents(self.model, images, self.config.cell)
         moments = self.model.encode_moments(images)
         losses = [
             self._loss(moments, target, embeddings, draw(self.model, images, generators))
@@ -115,15 +110,13 @@ class Mist(ImageProtector[MistConfig, DiffusionModel]):
         semantic = latent_denoising_loss(self.model, latents, embeddings, draws)
         return textural - self.config.denoising_weight * semantic
 
-    @torch.no_grad()
-    def _target(self, images: Tensor) -> Tensor:
-        """Scaled mean latents ``(1, C, h, w)`` of the pattern at the images' size."""
-        pattern = checkerboard(images.shape[-2], images.shape[-1], self.config.cell).to(images)
-        mean, logvar = self.model.encode_moments(pattern)
-        return self.model.latents((mean, logvar), torch.zeros_like(mean))
 
-    def _embed(self, batch: Batch) -> Tensor:
-        return self.model.embed_prompts(batch.prompts or (self.config.prompt,) * len(batch.seeds))
+@torch.no_grad()
+def pattern_latents(model: DiffusionModel, images: Tensor, cell: int) -> Tensor:
+    """Scaled mean latents ``(1, C, h, w)`` of the checkerboard at the images' size: where they are pulled to."""
+    pattern = checkerboard(images.shape[-2], images.shape[-1], cell).to(images)
+    mean, logvar = model.encode_moments(pattern)
+    return model.latents((mean, logvar), torch.zeros_like(mean))
 
 
 def checkerboard(height: int, width: int, cell: int) -> Tensor:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from protectors.base import Batch
 from protectors.diffusion import DiffusionModel
 from protectors.randomness import integers, normal
 
@@ -37,6 +38,11 @@ def draw(model: DiffusionModel, images: Tensor, generators: Sequence[torch.Gener
         noise=normal(generators, shape).to(model.device),
         posterior=normal(generators, shape).to(model.device),
     )
+
+
+def embed_prompts(model: DiffusionModel, batch: Batch, default: str) -> Tensor:
+    """Embeddings ``(B, L, D)`` of the images' own prompts, or of the method's default for all of them."""
+    return model.embed_prompts(batch.prompts or (default,) * len(batch.seeds))
 
 
 def denoising_loss(model: DiffusionModel, images: Tensor, embeddings: Tensor, draws: Draws) -> Tensor:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
 
+from protectors.config import PgdConfig
 from protectors.constraints import LEVELS, project
 from protectors.randomness import uniform
 
@@ -33,6 +35,17 @@ class PgdPlan:
     steps: int
     ascend: bool
     schedule: Schedule = constant
+
+    @classmethod
+    def of(cls, config: PgdConfig, *, ascend: bool, schedule: Schedule = constant) -> Self:
+        """The plan that a method's configuration asks for."""
+        return cls(
+            eps_levels=config.eps_levels,
+            step_levels=config.step_levels,
+            steps=config.steps,
+            ascend=ascend,
+            schedule=schedule,
+        )
 
 
 def pgd(
@@ -71,6 +84,11 @@ def pgd(
         if progress is not None:
             progress(step + 1, plan.steps)
     return originals + delta
+
+
+def start_of(config: PgdConfig, originals: Tensor, generators: Sequence[torch.Generator]) -> Tensor | None:
+    """Where the configuration starts: at a random perturbation, or at None, the original, without any draw."""
+    return uniform_start(originals, config.eps_levels, generators) if config.random_start else None
 
 
 def uniform_start(originals: Tensor, eps_levels: float, generators: Sequence[torch.Generator]) -> Tensor:

@@ -12,7 +12,7 @@ from protectors.base import Batch, ImageProtector
 from protectors.config import PgdConfig
 from protectors.diffusion import DiffusionModel
 from protectors.objectives import encoder_distance
-from protectors.pgd import PgdPlan, Progress, pgd, uniform_start
+from protectors.pgd import PgdPlan, Progress, pgd, start_of
 from protectors.randomness import streams
 
 
@@ -68,21 +68,11 @@ class PhotoGuard(ImageProtector[PhotoGuardConfig, DiffusionModel]):
         return self.config.steps
 
     def _perturb(self, batch: Batch, progress: Progress | None) -> Tensor:
-        start = None
-        if self.config.random_start:
-            generators = streams(batch.seeds, "photoguard/attack")
-            start = uniform_start(batch.originals, self.config.eps_levels, generators)
-        plan = PgdPlan(
-            eps_levels=self.config.eps_levels,
-            step_levels=self.config.step_levels,
-            steps=self.config.steps,
-            ascend=False,
-            schedule=decay,
-        )
+        start = start_of(self.config, batch.originals, streams(batch.seeds, "photoguard/attack"))
         return pgd(
             lambda images, step: encoder_distance(self.model, images),
             batch.originals,
-            plan,
+            PgdPlan.of(self.config, ascend=False, schedule=decay),
             start=start,
             masks=batch.masks,
             progress=progress,
