@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import Tensor
 
-from protectors.model_files import ModelError, check_folder, model_digest, read_json, resolve_folder
+from protectors.model_files import ModelError, check_folder, load_network, model_digest, read_json, resolve_folder
 from protectors.randomness import normal
 from protectors.schedule import NoiseSchedule, PredictionType
 
@@ -210,9 +208,9 @@ def load_model(
     except (OSError, ValueError) as error:
         raise ModelError(f"{folder / 'tokenizer'} cannot be loaded: {error}") from error
     parts = LatentParts(
-        vae=_load_network(AutoencoderKL, folder / "vae", dtype),
-        unet=_load_network(UNet2DConditionModel, folder / "unet", dtype),
-        text_encoder=_load_network(CLIPTextModel, folder / "text_encoder", dtype),
+        vae=load_network(AutoencoderKL, folder / "vae", dtype),
+        unet=load_network(UNet2DConditionModel, folder / "unet", dtype),
+        text_encoder=load_network(CLIPTextModel, folder / "text_encoder", dtype),
         tokenizer=tokenizer,
     )
     return DiffusionModel(parts, schedule, digest=model_digest(str(folder))).to(device)
@@ -229,19 +227,6 @@ def choose_attention(unet: Any) -> None:
     size = unet.config.sample_size
     small = max(size if isinstance(size, list | tuple) else (size,)) <= _PLAIN_ATTENTION_SIDE
     unet.set_attn_processor(AttnProcessor() if small and unet.device.type == "cpu" else AttnProcessor2_0())
-
-
-def _load_network(network_class: Any, folder: Path, dtype: torch.dtype) -> Any:
-    try:
-        network, info = network_class.from_pretrained(
-            str(folder), use_safetensors=True, local_files_only=True, output_loading_info=True, dtype=dtype
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"{folder} cannot be loaded: {error}") from error
-    # Both libraries fill missing weights with random numbers and only log it.
-    if info["missing_keys"]:
-        raise ModelError(f"{folder} lacks weights: {sorted(info['missing_keys'])[:3]}; fetch it again")
-    return network
 
 
 def _check_parts(parts: LatentParts) -> None:

@@ -4,20 +4,30 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from safetensors import SafetensorError
 
 MODEL_INDEX = "model_index.json"
+Form = Literal["latent text-to-image", "pixel-space"]
 # Component folders and the classes that may be in them; any scheduler serves, its betas are what counts.
-COMPONENTS: dict[str, tuple[str, ...]] = {
-    "scheduler": (),
-    "text_encoder": ("CLIPTextModel",),
-    "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
-    "unet": ("UNet2DConditionModel",),
-    "vae": ("AutoencoderKL",),
+COMPONENTS: dict[Form, dict[str, tuple[str, ...]]] = {
+    "latent text-to-image": {
+        "scheduler": (),
+        "text_encoder": ("CLIPTextModel",),
+        "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
+        "unet": ("UNet2DConditionModel",),
+        "vae": ("AutoencoderKL",),
+    },
+    "pixel-space": {"scheduler": (), "unet": ("UNet2DModel",)},
 }
+# Those of a latent model are all that there are.
+_PARTS = tuple(COMPONENTS["latent text-to-image"])
+_WEIGHTLESS = ("scheduler", "tokenizer")
 # Text and safetensors only: pickle files run code when they are loaded.
 _DEFINING = ("*.json", "*.txt", "*.safetensors")
 _VARIANTS = ("*.fp16.*", "*.non_ema.*")
@@ -49,7 +59,7 @@ def _snapshot(model_id: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    wanted = [MODEL_INDEX, *(f"{part}/{kind}" for part in COMPONENTS for kind in _DEFINING)]
+    wanted = [MODEL_INDEX, *(f"{part}/{kind}" for part in _PARTS for kind in _DEFINING)]
     fetch = partial(snapshot_download, model_id, allow_patterns=wanted, ignore_patterns=list(_VARIANTS))
     try:
         return Path(fetch(local_files_only=True))
@@ -65,25 +75,51 @@ def _snapshot(model_id: str) -> Path:
         ) from error
 
 
-def check_folder(folder: Path) -> None:
-    """Raises ModelError unless the folder is a complete latent text-to-image model without pickle files."""
+def check_folder(folder: Path, form: Form = "latent text-to-image") -> None:
+    """Raises ModelError unless the folder is a complete model of this form without pickle files."""
     if not (folder / MODEL_INDEX).is_file():
         raise ModelError(f"{folder} holds no {MODEL_INDEX}; name the top folder of a diffusers model")
     index = read_json(folder / MODEL_INDEX)
     classes = {name: value[-1] for name, value in index.items() if isinstance(value, list) and value}
-    if index.get("_class_name") == "DDPMPipeline" or classes.get("unet") == "UNet2DModel":
-        raise ModelError(f"{folder} is a pixel-space model: not supported by this method yet; name a latent one")
-    for part, allowed in COMPONENTS.items():
+    found = _form(index, classes)
+    if found != form:
+        raise ModelError(f"{folder} is a {found} model, and this needs a {form} one: name another folder")
+    components = COMPONENTS[form]
+    for part, allowed in components.items():
         if not classes.get(part) or not (folder / part).is_dir():
-            raise ModelError(f"{folder} has no {part}; a latent text-to-image model needs {', '.join(COMPONENTS)}")
+            raise ModelError(f"{folder} has no {part}; a {form} model needs {', '.join(components)}")
         if allowed and classes[part] not in allowed:
             raise ModelError(f"{folder / part} is a {classes[part]}; supported: {', '.join(allowed)}")
-    for part in ("text_encoder", "unet", "vae"):
-        if not any((folder / part).glob("*.safetensors")):
+    for part in components:
+        if part not in _WEIGHTLESS and not any((folder / part).glob("*.safetensors")):
             raise ModelError(
                 f"{folder / part} holds no safetensors weights; pickle files are refused because loading them "
                 "runs code. Convert with save_pretrained(safe_serialization=True)."
             )
+
+
+def _form(index: Mapping[str, Any], classes: Mapping[str, str]) -> Form:
+    """A UNet that takes no text works on pixels; a broken index is told by its pipeline."""
+    pixels = index.get("_class_name") == "DDPMPipeline" or classes.get("unet") == "UNet2DModel"
+    return "pixel-space" if pixels else "latent text-to-image"
+
+
+def load_network(network_class: Any, folder: Path, dtype: Any) -> Any:
+    """Loads one network of a diffusers or transformers folder: local safetensors only, every weight present.
+
+    Raises:
+        ModelError: The weights are damaged, incomplete, or of another network.
+    """
+    try:
+        network, info = network_class.from_pretrained(
+            str(folder), use_safetensors=True, local_files_only=True, output_loading_info=True, dtype=dtype
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"{folder} cannot be loaded: {error}") from error
+    # Both libraries fill missing weights with random numbers and only log it.
+    if info["missing_keys"]:
+        raise ModelError(f"{folder} lacks weights: {sorted(info['missing_keys'])[:3]}; fetch it again")
+    return network
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -105,7 +141,7 @@ def model_digest(path_or_id: str) -> str:
     """
     folder = resolve_folder(path_or_id)
     files = [folder / MODEL_INDEX]
-    for part in COMPONENTS:
+    for part in _PARTS:
         files += [file for file in (folder / part).glob("*") if _defines(file)]
     total = hashlib.sha256()
     for file in sorted(files, key=lambda file: file.relative_to(folder).as_posix()):
@@ -115,14 +151,17 @@ def model_digest(path_or_id: str) -> str:
     return total.hexdigest()
 
 
-def model_base_size(path_or_id: str) -> int:
-    """Side in pixels at which a latent model was trained, read from its configuration alone."""
+def model_base_size(path_or_id: str, form: Form = "latent text-to-image") -> int:
+    """Side in pixels at which a model was trained, read from its configuration alone."""
     folder = resolve_folder(path_or_id)
-    check_folder(folder)
+    check_folder(folder, form)
     try:
         sample = read_json(folder / "unet" / "config.json")["sample_size"]
+        side = int(sample if isinstance(sample, int) else min(sample))
+        if form == "pixel-space":
+            return side
         factor: int = 2 ** (len(read_json(folder / "vae" / "config.json")["block_out_channels"]) - 1)
-        return int(sample if isinstance(sample, int) else min(sample)) * factor
+        return side * factor
     except (KeyError, TypeError) as error:
         raise ModelError(f"{folder}: the UNet's or the VAE's config.json does not tell the model's size") from error
 

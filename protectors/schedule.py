@@ -62,10 +62,22 @@ class NoiseSchedule:
 
     def predict_x0(self, noisy: Tensor, prediction: Tensor, t: Tensor) -> Tensor:
         """The clean latents that the prediction implies."""
-        signal, spread = self._factors(t)
         if self.prediction_type == "epsilon":
-            return (noisy - spread * prediction) / signal
+            return self.remove_noise(noisy, prediction, t)
+        signal, spread = self._factors(t)
         return signal * noisy - spread * prediction
+
+    def remove_noise(self, noisy: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """z = (z_t - sqrt(1 - abar_t) n) / sqrt(abar_t), the inverse of ``add_noise``."""
+        signal, spread = self._factors(t)
+        return (noisy - spread * noise) / signal
+
+    def predict_noise(self, noisy: Tensor, prediction: Tensor, t: Tensor) -> Tensor:
+        """The noise that the prediction implies: itself, or sqrt(abar) v + sqrt(1 - abar) z_t."""
+        if self.prediction_type == "epsilon":
+            return prediction
+        signal, spread = self._factors(t)
+        return signal * prediction + spread * noisy
 
     def _factors(self, t: Tensor) -> tuple[Tensor, Tensor]:
         abar = self.alphas_cumprod[t].view(-1, 1, 1, 1)

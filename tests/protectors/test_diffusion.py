@@ -152,7 +152,7 @@ def test_folder_errors_say_what_is_wrong(folder: Path, tmp_path: Path) -> None:
     index_file = folder / "model_index.json"
     index = json.loads(index_file.read_text())
     for change, message in (
-        ({"_class_name": "DDPMPipeline"}, "pixel-space model: not supported by this method yet"),
+        ({"_class_name": "DDPMPipeline"}, "is a pixel-space model, and this needs a latent text-to-image one"),
         ({"unet": ["diffusers", "UNet2DModel"]}, "pixel-space"),
         ({"vae": ["diffusers", "VQModel"]}, "VQModel; supported: AutoencoderKL"),
         ({"text_encoder": [None, None]}, "has no text_encoder"),
