@@ -14,9 +14,13 @@ ENTRY_POINT_GROUP = "fixative.protectors"
 
 _PROTECTORS = {
     "advdm": "protectors.advdm:AdvDM",
+    "anti_diffusion": "protectors.anti_diffusion:AntiDiffusion",
+    "antipure": "protectors.antipure:AntiPure",
     "mist": "protectors.mist:Mist",
     "noise": "protectors.noise:Noise",
     "photoguard": "protectors.photoguard:PhotoGuard",
+    "pid": "protectors.pid:PID",
+    "sds": "protectors.sds:SDS",
 }
 
 

@@ -25,9 +25,21 @@ from tests.protectors.tiny import save_tiny_model
 # Overrides of the "fast" preset that keep a test under a second on the tiny model.
 SMALL: dict[str, dict[str, Any]] = {
     "advdm": {"steps": 4, "eval_draws": 2},
+    # Without a random start, steps long enough to reach the largest budget of the tests.
+    "anti_diffusion": {
+        "epochs": 2,
+        "pt_steps": 2,
+        "pgd_steps": 2,
+        "unet_steps": 1,
+        "step_levels": 8.0,
+        "eval_draws": 2,
+    },
     "mist": {"steps": 4, "eval_draws": 2},
     "noise": {},
     "photoguard": {"steps": 4},
+    "pid": {"steps": 4},
+    # Starts at the original: the steps must be able to reach every budget of the table.
+    "sds": {"steps": 6, "step_levels": 4.0, "eval_draws": 2},
 }
 FAKE = "protectors.fake:FakeProtector"
 NAMES = [*protector_names(), FAKE]

@@ -15,7 +15,7 @@ from protectors.photoguard import PhotoGuard
 
 
 def test_names_lead_to_their_classes() -> None:
-    assert registry.protector_names() == ("advdm", "mist", "noise", "photoguard")
+    assert registry.protector_names() == ("advdm", "mist", "noise", "photoguard", "pid", "sds")
     assert registry.protector_class("advdm") is AdvDM
     assert registry.protector_class("photoguard") is PhotoGuard
 
@@ -43,7 +43,7 @@ def test_entry_points_add_but_do_not_replace(monkeypatch: pytest.MonkeyPatch) ->
     group, value = registry.ENTRY_POINT_GROUP, "protectors.fake:FakeProtector"
     points = tuple(EntryPoint(name, value, group) for name in ("theirs", "advdm"))
     monkeypatch.setattr(registry, "entry_points", lambda group: points)
-    assert registry.protector_names() == ("advdm", "mist", "noise", "photoguard", "theirs")
+    assert registry.protector_names() == ("advdm", "mist", "noise", "photoguard", "pid", "sds", "theirs")
     assert registry.protector_class("theirs") is FakeProtector
     assert registry.protector_class("advdm") is AdvDM
 
