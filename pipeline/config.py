@@ -53,8 +53,9 @@ class MethodSettings(_Settings):
     eps: Annotated[float | None, Field(gt=0, le=MAX_EPS_LEVELS)] = None
     # Single fields of the method's configuration that replace the preset's.
     overrides: dict[str, Any] = Field(default_factory=dict)
-    # "nano-sd" (embedded, a laboratory), a diffusers folder, or a hub id.
-    model: str = "nano-sd"
+    # An embedded model (a laboratory), a diffusers folder, or a hub id; of the kind that the method attacks.
+    # None: the embedded one of that kind (nano-sd; nano-ddpm for methods against pixel-space purifiers).
+    model: str | None = None
     # Number format of the model's weights on the device; images and perturbations stay float32.
     precision: Precision = "float32"
     # Caption used for every image by methods that condition on text. None: the method's own.

@@ -14,7 +14,8 @@ from pipeline.shard_index import kind_of
 from pipeline.storage import StorageOptions, Store, open_store
 from protectors.base import ImageProtector
 from protectors.config import ProtectorConfig
-from protectors.model_files import ModelError, model_base_size, model_digest, resolve_folder
+from protectors.loading import model_source
+from protectors.model_files import ModelError, model_digest, resolve_folder
 from protectors.reference import PINNED, ReferenceModelError, reference_path, verify_reference
 from protectors.registry import UnknownProtector, protector_class
 
@@ -34,9 +35,12 @@ class Job:
     # The method's configuration on every rung of the ladder: the job's preset first, then those of its gate.
     ladder: tuple[dict[str, Any], ...]
     protector_version: str
-    # NO_MODEL for methods that need none.
+    # The model that the method attacks, or NO_MODEL: its name as the job or the method's kind gives it, ...
+    model: str
+    # ... what it is as an attacker's checkpoint ("latent", "pixel"), and the digest of its files.
+    model_kind: str
     model_digest: str
-    # Side in pixels at which the model was trained.
+    # Training scale: side in pixels to which images are brought for the model.
     base_size: int
 
     def eps_levels(self, rung: int) -> float:
@@ -93,8 +97,8 @@ def resolve(config: JobConfig) -> Job:
     if len({fingerprint(rung.to_dict()) for rung in ladder}) < len(ladder):
         raise UserError("two rungs of the gate's ladder are equal: name stronger presets, and no eps that levels them")
     check_attacks(config.job.check)
-    folder, base_size = find_model(config)
-    digest = model_digest(folder) if folder else NO_MODEL
+    model = find_model(config)
+    digest = model_digest(model.folder) if model.folder else NO_MODEL
     fields = {
         "method": {"name": method.name, "version": chosen.version, "config": settings.to_dict()},
         "model": digest,
@@ -115,24 +119,40 @@ def resolve(config: JobConfig) -> Job:
         run_id=uuid.uuid4().hex[:12],
         ladder=tuple(rung.to_dict() for rung in ladder),
         protector_version=chosen.version,
+        model=model.name,
+        model_kind=model.kind,
         model_digest=digest,
-        base_size=base_size,
+        base_size=model.base_size,
     )
 
 
-def find_model(config: JobConfig) -> tuple[str, int]:
-    """The local folder of the method's model and its training scale; ("", 512) for methods that need none.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FoundModel:
+    """The model of a job's method, or the absence of one."""
+
+    name: str = NO_MODEL
+    kind: str = NO_MODEL
+    # On this machine; "" where there is none.
+    folder: str = ""
+    base_size: int = MODEL_FREE_SIDE
+
+
+def find_model(config: JobConfig) -> FoundModel:
+    """The model that the job names or, if it names none, the embedded one of the kind that its method attacks.
 
     Raises:
-        UserError: The method is unknown, there is no such model, or the folder holds no usable one.
+        UserError: The method is unknown, there is no such model, or the folder holds none of that kind.
     """
-    if not protector_settings(config)[0].needs_model():
-        return "", MODEL_FREE_SIDE
+    method, chosen = config.job.method, protector_settings(config)[0]
+    if not chosen.needs_model():
+        return FoundModel()
     try:
-        folder = model_folder(config.job.method.model)
-        return folder, model_base_size(folder)
+        source = model_source(chosen)
+        name = method.model or source.embedded
+        folder = model_folder(name)
+        return FoundModel(name=name, kind=source.kind, folder=folder, base_size=source.training_scale(folder))
     except (ModelError, ReferenceModelError) as error:
-        raise UserError(str(error)) from error
+        raise UserError(f"method '{method.name}': {error}") from error
 
 
 def check_attacks(check: CheckSettings) -> None:

@@ -25,7 +25,7 @@ from pipeline.plan import Shard, load_index, unit_ids
 from pipeline.readers import read_units
 from pipeline.scale import Box, blend_tiles, tile_boxes, to_training_scale
 from protectors.base import ImageFacts, ImageProtector
-from protectors.diffusion import DiffusionModel, load_model
+from protectors.loading import load_for
 from protectors.registry import protector_class
 
 # Decoded pixels that may travel with one unit; what is beyond is decoded by the optimizer, one image at a time.
@@ -98,7 +98,7 @@ class Optimizer:
             # Sums are rounded by thread count: a fixed number keeps pixels equal on every pool size.
             torch.set_num_threads(job.config.run.threads)
         chosen = protector_class(job.config.job.method.name)
-        model = None if job.model_digest == NO_MODEL else _load_model(job, device)
+        model = None if job.model_digest == NO_MODEL else _load_model(job, chosen, device)
         self.job = job
         self.protectors: list[ImageProtector[Any, Any]] = [
             chosen(chosen.config_type.from_dict(config), model) for config in job.ladder
@@ -202,11 +202,11 @@ class Optimizer:
         return None if prompt is None else [prompt] * count
 
 
-def _load_model(job: Job, device: str) -> DiffusionModel:
-    method = job.config.job.method
-    model = load_model(model_folder(method.model), device=device, dtype=getattr(torch, method.precision))
+def _load_model(job: Job, chosen: type[ImageProtector[Any, Any]], device: str) -> Any:
+    precision = getattr(torch, job.config.job.method.precision)
+    model = load_for(chosen, model_folder(job.model), device=device, dtype=precision)
     if model.digest != job.model_digest:
-        raise FatalWorkerError(f"this machine holds another '{method.model}' than the one that planned the run")
+        raise FatalWorkerError(f"this machine holds another '{job.model}' than the one that planned the run")
     return model
 
 

@@ -60,7 +60,7 @@ def write_verification(job: Job, shards: Sequence[Shard], manifests: Sequence[Ma
         "protector": job.config.job.method.name,
         "ladder": list(job.ladder),
         "model_digest": job.model_digest,
-        "model": job.config.job.method.model,
+        "model": job.model,
         "measure": MEASURE,
         "interval": {"kind": "percentile bootstrap over images", "confidence": CONFIDENCE, "resamples": RESAMPLES},
         "purifiers": sorted(job.config.job.check.purifiers),

@@ -63,7 +63,7 @@ def _side(model: str) -> int:
 
 def attack_models(job: Job) -> dict[ModelKind, str]:
     """The attacker's checkpoints: the embedded ones, the job's own model, and those that the check names."""
-    own: dict[str, str] = {} if job.model_digest == NO_MODEL else {ModelKind.LATENT: job.config.job.method.model}
+    own = {} if job.model_digest == NO_MODEL else {job.model_kind: job.model}
     return with_embedded({**own, **job.config.job.check.models})
 
 
