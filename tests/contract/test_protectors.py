@@ -10,6 +10,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,12 +21,14 @@ from torch import Tensor
 from protectors.base import ImageProtector, ProtectResult
 from protectors.diffusion import DiffusionModel, load_model
 from protectors.model_files import ModelError
+from protectors.pixel import PixelModel, load_pixel_model
 from protectors.registry import protector_class, protector_names
-from tests.protectors.tiny import save_tiny_model
+from tests.protectors.tiny import save_tiny_model, save_tiny_pixel_model
 
 # Overrides of the "fast" preset that keep a test under a second on the tiny model.
 SMALL: dict[str, dict[str, Any]] = {
     "advdm": {"steps": 4, "eval_draws": 2},
+    "antipure": {"steps": 4, "step_levels": 4.0, "eval_draws": 2},
     # Without a random start, steps long enough to reach the largest budget of the tests.
     "anti_diffusion": {
         "epochs": 2,
@@ -49,19 +53,29 @@ MODEL_NAMES = [name for name in NAMES if name != FAKE]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+# What writes a tiny folder of each kind of model, and what loads it.
+KINDS: dict[type, tuple[Callable[..., Path], Callable[[str], Any]]] = {
+    DiffusionModel: (save_tiny_model, load_model),
+    PixelModel: (save_tiny_pixel_model, load_pixel_model),
+}
+Models = dict[tuple[type, str], Any]
+"""By class and prediction type."""
+
+
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, DiffusionModel]:
+def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     root = tmp_path_factory.mktemp("models")
-    kinds = ("epsilon", "v_prediction")
-    return {kind: load_model(str(save_tiny_model(root / kind, prediction_type=kind))) for kind in kinds}
+    return {
+        (kind, prediction): load(str(save(root / kind.__name__ / prediction, prediction_type=prediction)))
+        for kind, (save, load) in KINDS.items()
+        for prediction in ("epsilon", "v_prediction")
+    }
 
 
-def build(
-    name: str, models: dict[str, DiffusionModel], kind: str = "epsilon", **changes: Any
-) -> ImageProtector[Any, Any]:
+def build(name: str, models: Models, prediction: str = "epsilon", **changes: Any) -> ImageProtector[Any, Any]:
     method = protector_class(name)
     config = method.presets["fast"].replace(**{**SMALL.get(name, {}), **changes})
-    return method(config, models[kind] if method.needs_model() else None)
+    return method(config, models[method.model_type, prediction] if method.needs_model() else None)
 
 
 def pictures(count: int, height: int = 32, width: int = 40, seed: int = 0) -> Tensor:
@@ -92,11 +106,11 @@ def test_every_registered_protector_has_a_row() -> None:
     assert set(protector_names()) <= set(SMALL)
 
 
-@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("name", NAMES)
-def test_result_is_sound_and_reproducible(name: str, kind: str, models: dict[str, DiffusionModel]) -> None:
+def test_result_is_sound_and_reproducible(name: str, prediction: str, models: Models) -> None:
     images = pictures(2)
-    protector = build(name, models, kind)
+    protector = build(name, models, prediction)
     first, again = (protector.protect(images, seeds=[3, 2**64 - 1]) for _ in range(2))
     assert_sound(first, images, 8)
     assert (first.images != images).flatten(1).any(1).all()
@@ -106,7 +120,7 @@ def test_result_is_sound_and_reproducible(name: str, kind: str, models: dict[str
 
 @pytest.mark.parametrize(("eps", "budget"), [(1.0, 1), (6.375, 6), (7.65, 7), (16.0, 16)])
 @pytest.mark.parametrize("name", NAMES)
-def test_budget_holds_after_rounding(name: str, eps: float, budget: int, models: dict[str, DiffusionModel]) -> None:
+def test_budget_holds_after_rounding(name: str, eps: float, budget: int, models: Models) -> None:
     images = pictures(1)
     result = build(name, models, eps_levels=eps).protect(images, seeds=[1])
     assert_sound(result, images, budget)
@@ -114,7 +128,7 @@ def test_budget_holds_after_rounding(name: str, eps: float, budget: int, models:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_seeds_differ_in_every_bit(name: str, models: dict[str, DiffusionModel]) -> None:
+def test_seeds_differ_in_every_bit(name: str, models: Models) -> None:
     images = pictures(1).repeat(3, 1, 1, 1)
     output = build(name, models).protect(images, seeds=[5, 6, 5 + 2**32]).images
     assert not torch.equal(output[0], output[1])
@@ -122,7 +136,7 @@ def test_seeds_differ_in_every_bit(name: str, models: dict[str, DiffusionModel])
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_batch_equals_singles_in_any_order(name: str, models: dict[str, DiffusionModel]) -> None:
+def test_batch_equals_singles_in_any_order(name: str, models: Models) -> None:
     """Batched kernels sum in another order, so a gradient near zero may change its sign: up to 1 % of values
     may differ (float32 on a CPU, 20 steps: AdvDM 0.4 %, PhotoGuard none); objectives agree to three digits."""
     images, seeds = pictures(3), [11, 12, 13]
@@ -140,13 +154,13 @@ def test_batch_equals_singles_in_any_order(name: str, models: dict[str, Diffusio
 
 @pytest.mark.parametrize("size", [(33, 47), (64, 64), (40, 72), (1, 5)])
 @pytest.mark.parametrize("name", NAMES)
-def test_any_size(name: str, size: tuple[int, int], models: dict[str, DiffusionModel]) -> None:
+def test_any_size(name: str, size: tuple[int, int], models: Models) -> None:
     images = pictures(1, *size)
     assert_sound(build(name, models).protect(images, seeds=[1]), images, 8)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_grey_stays_grey_beside_colour(name: str, models: dict[str, DiffusionModel]) -> None:
+def test_grey_stays_grey_beside_colour(name: str, models: Models) -> None:
     images = pictures(2)
     images[0] = images[0, :1]
     output = build(name, models).protect(images, seeds=[1, 2]).images
@@ -155,7 +169,7 @@ def test_grey_stays_grey_beside_colour(name: str, models: dict[str, DiffusionMod
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_mask_is_respected(name: str, models: dict[str, DiffusionModel]) -> None:
+def test_mask_is_respected(name: str, models: Models) -> None:
     images = pictures(2)
     masks = torch.zeros(2, 1, 32, 40)
     masks[:, :, 8:24, 10:30] = 1
@@ -166,7 +180,7 @@ def test_mask_is_respected(name: str, models: dict[str, DiffusionModel]) -> None
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_objective_improves_on_average_and_is_paired(name: str, models: dict[str, DiffusionModel]) -> None:
+def test_objective_improves_on_average_and_is_paired(name: str, models: Models) -> None:
     images, seeds = pictures(4) * 0.6 + 0.2, [1, 2, 3, 4]
     images = (images * 255).round() / 255
     changes = {"steps": 12, "eval_draws": 8} if name == "advdm" else {}
@@ -181,9 +195,10 @@ def test_objective_improves_on_average_and_is_paired(name: str, models: dict[str
 
 
 @pytest.mark.parametrize("name", MODEL_NAMES)
-def test_model_stays_frozen(name: str, models: dict[str, DiffusionModel]) -> None:
-    model = models["epsilon"]
-    networks = (model.vae, model.unet, model.text_encoder)
+def test_model_stays_frozen(name: str, models: Models) -> None:
+    model = models[protector_class(name).model_type, "epsilon"]
+    networks = [part for part in vars(model).values() if isinstance(part, torch.nn.Module)]
+    assert networks
     before = [{key: value.clone() for key, value in part.state_dict().items()} for part in networks]
     build(name, models).protect(pictures(1), seeds=[1])
     for part, state in zip(networks, before, strict=True):
@@ -193,7 +208,7 @@ def test_model_stays_frozen(name: str, models: dict[str, DiffusionModel]) -> Non
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_progress_counts_to_the_end(name: str, models: dict[str, DiffusionModel]) -> None:
+def test_progress_counts_to_the_end(name: str, models: Models) -> None:
     protector = build(name, models)
     calls: list[tuple[int, int]] = []
     result = protector.protect(pictures(1), seeds=[1], progress=lambda *call: calls.append(call))
@@ -222,7 +237,7 @@ def test_progress_counts_to_the_end(name: str, models: dict[str, DiffusionModel]
     ],
 )
 @pytest.mark.parametrize("name", NAMES)
-def test_bad_input_raises(name: str, change: dict[str, Any], message: str, models: dict[str, DiffusionModel]) -> None:
+def test_bad_input_raises(name: str, change: dict[str, Any], message: str, models: Models) -> None:
     given: dict[str, Any] = {"images": torch.zeros(1, 3, 8, 8), "seeds": [1], **change}
     with pytest.raises(ValueError, match=message):
         build(name, models).protect(given.pop("images"), **given)

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDPMPipeline, DDPMScheduler, UNet2DConditionModel, UNet2DModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
 WIDTH = 32
@@ -28,6 +28,26 @@ def save_tiny_model(folder: Path, *, prediction_type: str = "epsilon", seed: int
     index["text_encoder"] = ["transformers", "CLIPTextModel"]
     index["tokenizer"] = ["transformers", "CLIPTokenizer"]
     (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+def save_tiny_pixel_model(
+    folder: Path, *, prediction_type: str = "epsilon", channels: int = 3, side: int = 32, seed: int = 0
+) -> Path:
+    """Writes a folder of an unconditional model of tiles (under 1 MB); six channels have a learned variance."""
+    torch.manual_seed(seed)
+    unet = UNet2DModel(
+        sample_size=side,
+        out_channels=channels,
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+    )
+    unet.conv_out.weight.data *= 4
+    scheduler = DDPMScheduler(beta_start=1e-4, beta_end=0.02, prediction_type=prediction_type)
+    DDPMPipeline(unet=unet, scheduler=scheduler).save_pretrained(str(folder))
     return folder
 
 
