@@ -2,33 +2,25 @@
 
 from __future__ import annotations
 
-import io
-import json
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
 from prefect import flow, task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
 from flows.progress import observer
+from flows.verify_pictures import keep, kept_trials, publish_strip, read_strips
 from flows.verify_table import verdicts
 from pipeline.config import VerifyConfig
 from pipeline.errors import NotFound, PipelineError, UserError
-from pipeline.ids import sha256_hex
 from pipeline.storage import get_json, json_bytes, same_or_nested
 from pipeline.verify.campaign import Campaign, Target, plan_campaign, progress
 from pipeline.verify.html import Strip, render
 from pipeline.verify.report import campaign_document, write_campaign
-from pipeline.verify.trial import TrialResult
-
-STRIPS = 12  # groups and images that the local report shows
-AMPLIFIED = 8
 
 
 @dataclass(slots=True, kw_only=True)
@@ -72,19 +64,7 @@ def attack_archive(verified: Verified, pictures: Path | None) -> None:
                 continue
             observer().advance(1)
             if pictures is not None:
-                _keep(result, pictures)
-
-
-def _keep(result: TrialResult, pictures: Path) -> None:
-    """Every trial leaves a folder, within that of its group or image."""
-    shard_id, name = result.key.split("/")[-2:]
-    folder = pictures / sha256_hex(f"{shard_id}|{result.title}")[:16]  # titles are customers' names
-    own = folder / name.removesuffix(".json")
-    own.mkdir(parents=True, exist_ok=True)
-    about = {"title": result.title, "shard_id": shard_id, "row": result.row}
-    (folder / "about.json").write_text(json.dumps(about), encoding="utf-8")
-    for label, data in result.pictures.items():
-        (own / f"{label}.png").write_bytes(data)
+                keep(result, pictures)
 
 
 @flow(name="verify-archive")
@@ -93,7 +73,8 @@ def verify_archive(config: VerifyConfig, out: Path | None = None) -> Verified:
 
     Args:
         config: what to attack, and how.
-        out: a folder of this machine for the page with pictures. They show originals: keep it to yourself.
+        out: a folder of this machine for the page with pictures. They show originals: keep it to yourself. Prefect
+            gets the page's place, and pictures only of what anybody can make from the published archive.
 
     Raises:
         UserError: The attack cannot run as configured.
@@ -114,8 +95,11 @@ def verify_archive(config: VerifyConfig, out: Path | None = None) -> Verified:
     table = verdicts(verified.document)
     create_table_artifact(key="verify-verdict", table=table, description=campaign.destination().url)
     if out is not None and pictures is not None:
-        verified.page = _write_page(verified.document, out, pictures)
+        strips = read_strips(pictures)
+        verified.page = _write_page(verified.document, out, strips)
+        _tell_missing(verified.document, pictures)
         create_markdown_artifact(key="verify-report", markdown=f"Report with pictures: `{verified.page}`")
+        publish_strip(strips)
     if verified.failed:
         raise VerificationIncomplete(verified)
     return verified
@@ -145,42 +129,16 @@ def _store(campaign: Campaign, document: dict[str, Any]) -> str:
     return write_campaign(campaign, document)
 
 
-def _write_page(document: dict[str, Any], out: Path, pictures: Path) -> Path:
-    """Writes the report with the pictures that trials left on this machine."""
-    done, here = document["done"]["trials"], len([path for path in pictures.glob("*/*") if path.is_dir()])
+def _tell_missing(document: dict[str, Any], pictures: Path) -> None:
+    done, here = document["done"]["trials"], kept_trials(pictures)
     if here < done:
         observer().note(f"{done - here} trials were done before; their pictures are not here")
+
+
+def _write_page(document: dict[str, Any], out: Path, strips: Sequence[Strip]) -> Path:
+    """Writes the report with the pictures that trials left on this machine."""
     page = out / "report.html"
     out.mkdir(parents=True, exist_ok=True)
-    page.write_text(render(document, _strips(pictures)), encoding="utf-8")
+    page.write_text(render(document, strips), encoding="utf-8")
     (out / "verification.json").write_bytes(json_bytes(document))
     return page
-
-
-def _strips(pictures: Path) -> list[Strip]:
-    """One strip per group or edited image, from the folders that trials left."""
-    folders = sorted(pictures.iterdir()) if pictures.is_dir() else []
-    return [_strip(folder) for folder in folders[:STRIPS]]
-
-
-def _strip(folder: Path) -> Strip:
-    found = {file.stem: file.read_bytes() for file in sorted(folder.glob("*/*.png"), key=_place)}
-    if "original" in found and "protected" in found:
-        difference = {f"difference x{AMPLIFIED}": _difference(found["original"], found["protected"])}
-        first = {name: found.pop(name) for name in ("original", "protected")}
-        found = first | difference | found
-    about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
-    return Strip(**about, pictures=found)
-
-
-def _place(file: Path) -> tuple[bool, str]:
-    return file.stem.startswith("drawn"), file.stem
-
-
-def _difference(left: bytes, right: bytes) -> bytes:
-    """The change, amplified around middle grey, as PNG."""
-    one, other = (np.asarray(Image.open(io.BytesIO(data)), dtype=np.int16) for data in (left, right))
-    amplified = np.clip(128 + AMPLIFIED * (other - one), 0, 255).astype(np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(amplified).save(file, "PNG")
-    return file.getvalue()

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path, PurePosixPath
 
 from pipeline.config import AttackSettings, VerifyConfig
@@ -16,7 +17,7 @@ from pipeline.errors import IntegrityError, UserError
 from pipeline.ids import asset_seed, fingerprint, sha256_hex
 from pipeline.job import archive_store, code_version, model_folder, storage_options
 from pipeline.manifest import SUCCESS_KEY, Manifest, read_success
-from pipeline.plan import BINDING_KEY, Shard
+from pipeline.plan import BINDING_KEY, Shard, load_index
 from pipeline.storage import Store, check_conditional_writes, get_json, in_parallel, open_store
 from pipeline.verify.attack_models import AttackModels, ModelKind, ModelMissing, with_embedded
 from pipeline.verify.customizers import customizer
@@ -72,6 +73,11 @@ class Campaign:
         """Where its trials on single images lie, by shard."""
         return f"{self.prefix}images/"
 
+    @property
+    def chosen_prefix(self) -> str:
+        """Where its choices of groups lie, by shard."""
+        return f"{self.prefix}chosen/"
+
     def destination(self) -> Store:
         """The protected archive."""
         return _destination(self.config)
@@ -93,8 +99,8 @@ def plan_campaign(config: VerifyConfig) -> tuple[Campaign, list[Target]]:
     """Checks every name, and deals groups and images out to the published shards by hash.
 
     Raises:
-        UserError: An attack or model is unknown or missing, nothing was ever protected here, or the store cannot
-            refuse a second writer.
+        UserError: An attack, a model or a column is unknown or missing, nothing was ever protected here, or the store
+            cannot refuse a second writer.
         IntegrityError: A chosen manifest is not the one that was published.
     """
     settings = config.attack
@@ -172,7 +178,10 @@ def _uses(settings: AttackSettings, kind: ModelKind, models: Mapping[ModelKind, 
 
 
 def _targets(destination: Store, settings: AttackSettings) -> list[Target]:
-    """Deals groups and images out in rounds over the published shards, in an order that their hashes decide."""
+    """Deals groups and images out in rounds over the published shards, in an order that their hashes decide.
+
+    Where columns name subjects, groups go to shards that have them; an archive may hold folders of images beside.
+    """
     success = read_success(destination)
     if success is None:
         raise UserError(f"{destination.url} holds no {SUCCESS_KEY}: no run has finished here yet")
@@ -182,22 +191,37 @@ def _targets(destination: Store, settings: AttackSettings) -> list[Target]:
     if not open_names:
         raise UserError(f"{destination.url} holds no protected images whose originals are still there")
     ranked = sorted(open_names, key=lambda name: sha256_hex(f"{settings.salt}|{name}"))
-    entries = [(names[name], success["manifests"][names[name]]["sha256"])
-               for name in ranked[: max(settings.groups, settings.edited)]]  # fmt: skip
-    manifests = in_parallel(partial(_published, destination), entries)
+    entries = {name: (names[name], success["manifests"][names[name]]["sha256"]) for name in ranked}
+    grouped = _with_columns(destination, entries, settings)
+    groups, edited = _shares(settings.groups, grouped), _shares(settings.edited, ranked)
+    chosen = [entry for name, entry in entries.items() if groups.get(name) or edited[name]]
     return [
         Target(
             shard=_shard(manifest),
             manifest=manifest,
-            groups=_share(settings.groups, place, len(ranked)),
-            edited=_share(settings.edited, place, len(ranked)),
+            groups=groups.get(manifest.shard_id, 0),
+            edited=edited[manifest.shard_id],
         )
-        for place, manifest in enumerate(manifests)
+        for manifest in in_parallel(partial(_published, destination), chosen)
     ]
 
 
-def _share(count: int, place: int, shards: int) -> int:
-    return count // shards + (place < count % shards)
+def _with_columns(destination: Store, entries: Mapping[str, tuple[str, str]], settings: AttackSettings) -> list[str]:
+    """The shards that groups can come from, in the order of their entries; no more of them than groups."""
+    asked = {settings.subject_column, settings.class_column} - {None}
+    if not settings.groups or not asked:
+        return list(entries)
+    shards = (_shard(_published(destination, entry)) for entry in entries.values())
+    found = (shard.shard_id for shard in shards if asked <= set(load_index(destination, shard).schema.names))
+    chosen = list(islice(found, settings.groups))
+    if not chosen:
+        raise UserError(f"no published shard has the columns {', '.join(sorted(map(str, asked)))}")
+    return chosen
+
+
+def _shares(count: int, shards: Sequence[str]) -> dict[str, int]:
+    """How many of `count` things fall to each shard: as evenly as can be, the first ones get the rest."""
+    return {name: count // len(shards) + (place < count % len(shards)) for place, name in enumerate(shards)}
 
 
 def _published(destination: Store, entry: tuple[str, str]) -> Manifest:
@@ -242,7 +266,7 @@ def prepare_target(campaign: Campaign, target: Target) -> Iterator[Trial | EditT
     )
     selection = Selection(
         groups=target.groups,
-        groups_key=f"{campaign.prefix}chosen/{shard_id}.json",
+        groups_key=f"{campaign.chosen_prefix}{shard_id}.json",
         salt=settings.salt,
         side=campaign.attack.side,
         purifiers=settings.purifiers,

@@ -35,6 +35,8 @@ class Strip:
 
     # Asset id or name of the group.
     title: str
+    # What tables count it by; asset ids may repeat across shards.
+    unit: str
     shard_id: str
     # Asset id that ``fixative inspect`` shows the row of; empty where several rows are behind the pictures.
     row: str
@@ -77,11 +79,11 @@ def render(document: Mapping[str, Any], strips: Sequence[Strip]) -> str:
         document=document,
         headlines=wording.headlines(document),
         warnings=wording.warnings(document),
-        no_customization=wording.NO_CUSTOMIZATION,
+        no_customization=wording.no_customization(document),
         sections={name: _tables(document.get(name) or ()) for name in ("customization", "editing")},
         survival_plot=_survival_plot(document.get("survival") or ()),
         strips=[(strip, _command(document, strip), _uris(strip)) for strip in strips],
-        pictured={strip.title: f"#picture-{place}" for place, strip in enumerate(strips)},
+        pictured={strip.unit: f"#picture-{place}" for place, strip in enumerate(strips)},
         shards=shown,
         shards_left_out=len(shards) - len(shown),
         shard_link=_links({shard.id for shard in shown}),

@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
+from pathlib import PurePosixPath
 from typing import Any
 
 from pipeline.errors import AlreadyExists
@@ -23,7 +24,7 @@ from pipeline.verify.scores import Score
 from pipeline.verify.statistics import CONFIDENCE, RESAMPLES, Survival, survival
 from pipeline.verify.tables import Question, Table
 from pipeline.verify.trial import METRIC, Attack
-from pipeline.verify.trials import QUESTION, attack_of, stored_scores, stored_tables
+from pipeline.verify.trials import QUESTION, attack_of, selection_of, stored_scores, stored_shortfalls, stored_tables
 
 SCHEMA_VERSION = 2
 MEASURE = (
@@ -69,6 +70,7 @@ def write_verification(job: Job, shards: Sequence[Shard], manifests: Sequence[Ma
         "survival": [asdict(item) for item in total],
         "customization": [table.to_dict() for table in stored_tables(job, on_rung)],
         "attack": _attack(attack_of(job)) if job.config.job.check.groups else None,
+        "too_few_groups": stored_shortfalls(destination, _choices(job, on_rung)),
         "shards": per_shard,
     }
     return _write(destination, job.run_id, document), total
@@ -79,6 +81,7 @@ def campaign_document(campaign: Campaign, manifests: Sequence[Manifest]) -> dict
     destination = campaign.destination()
     customization, editing = campaign_tables(stored_scores(destination, campaign.trial_keys()))
     first = manifests[0]
+    choices = {PurePosixPath(item.key).stem: item.key for item in destination.list(campaign.chosen_prefix)}
     return {
         **_about("verify", campaign.campaign_id, destination),
         "config_fingerprint": campaign.config_fp,
@@ -90,6 +93,7 @@ def campaign_document(campaign: Campaign, manifests: Sequence[Manifest]) -> dict
         "survival": [],
         "customization": [table.to_dict() for table in customization],
         "editing": [table.to_dict() for table in editing],
+        "too_few_groups": stored_shortfalls(destination, choices),
         "shards": {manifest.shard_id: _of_shard(manifest) for manifest in manifests},
     }
 
@@ -139,6 +143,12 @@ def _about(kind: str, run_id: str, destination: Store) -> dict[str, Any]:
 
 def _attack(attack: Attack) -> dict[str, Any]:
     return asdict(attack) | {"models": {str(kind): name for kind, name in attack.models.items()}}
+
+
+def _choices(job: Job, shards: Sequence[Shard]) -> dict[str, str]:
+    """Where the choice of groups of each shard is stored."""
+    asked = shards if job.config.job.check.groups else ()
+    return {shard.shard_id: selection_of(job, shard).groups_key for shard in asked}
 
 
 def _on_its_rung(shard: Shard, committed: dict[str, Manifest]) -> Shard:

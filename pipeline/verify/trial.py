@@ -86,6 +86,11 @@ class TrialResult:
     # PNG by label, of what the attacker had and of what he made. Never stored beside the archive: they show originals.
     pictures: dict[str, bytes] = field(default_factory=dict)
 
+    @property
+    def unit(self) -> str:
+        """What tables count it by: all of its scores are about one unit."""
+        return self.scores[0].unit
+
     def to_json(self) -> dict[str, Any]:
         """What is stored."""
         return {"scores": [score.to_dict() for score in self.scores]}

@@ -20,7 +20,7 @@ from pipeline.storage import Store, get_json, in_parallel, put_json_new
 from pipeline.verify.attack_models import ModelKind, with_embedded
 from pipeline.verify.cells import build_tables
 from pipeline.verify.embed import Embedder
-from pipeline.verify.groups import Candidate, Group, choose_groups
+from pipeline.verify.groups import Candidate, Group, choose_groups, why_fewer
 from pipeline.verify.scores import Cell, Score
 from pipeline.verify.specimens import Specimens
 from pipeline.verify.tables import Question, Table
@@ -148,6 +148,8 @@ def planned_trials(
         embed = partial(_embed, specimens, selection)
         chosen = choose_groups(candidates, selection.groups, selection.salt, embed)
         fresh = {"writer_id": uuid.uuid4().hex, "groups": [_group_document(group) for group in chosen]}
+        if len(chosen) < selection.groups:
+            fresh["too_few"] = why_fewer(candidates)
         _, document = put_json_new(destination, selection.groups_key, fresh)
     known = {item.source_sha256: item for item in candidates}
     groups = [found for entry in document["groups"] if (found := _group_of(entry, known)) is not None]
@@ -227,6 +229,19 @@ def stored_scores(destination: Store, keys: Sequence[str]) -> list[Score]:
     """The scores of stored results."""
     documents = in_parallel(partial(get_json, destination), keys)
     return [score for document in documents for score in scores_from_json(document)]
+
+
+def stored_shortfalls(destination: Store, keys: Mapping[str, str]) -> dict[str, str]:
+    """Why shards have fewer groups than were asked for; those that have all of them are left out.
+
+    Args:
+        destination: where the choices of groups are stored.
+        keys: of these choices, by shard.
+    """
+    documents = in_parallel(partial(get_json, destination), list(keys.values()))
+    return {
+        shard: document["too_few"] for shard, document in zip(keys, documents, strict=True) if "too_few" in document
+    }
 
 
 def stored_tables(job: Job, shards: Iterable[Shard]) -> list[Table]:

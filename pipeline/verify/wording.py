@@ -27,6 +27,7 @@ NO_CUSTOMIZATION = (
     'To measure it, run "fixative verify" on the destination, or set "groups" under "check" in the job file (at '
     "least 3 for an interval, 10 for a claim)."
 )
+NO_GROUP = "No customization was measured: no group of images of one subject could be made."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,8 +92,18 @@ def headlines(document: Mapping[str, Any]) -> list[Headline]:
     """The findings of a verification, the most telling first."""
     customization, editing = _claims(document, "customization"), _claims(document, "editing")
     if not customization:
-        customization = [_nothing("customization", NO_CUSTOMIZATION)]
+        customization = [_nothing("customization", no_customization(document))]
     return [*customization, *editing, *_objective(document), *_gate(document)]
+
+
+def no_customization(document: Mapping[str, Any]) -> str:
+    """Why a report holds no customization: no group could be made, or none was asked for."""
+    return f"{NO_GROUP} {_too_few(document)}" if document.get("too_few_groups") else NO_CUSTOMIZATION
+
+
+def _too_few(document: Mapping[str, Any]) -> str:
+    reasons = Counter(document["too_few_groups"].values())
+    return "; ".join(f"{counted(count, 'shard')}: {reason}" for reason, count in reasons.most_common()) + "."
 
 
 def warnings(document: Mapping[str, Any]) -> list[str]:
@@ -117,6 +128,8 @@ def warnings(document: Mapping[str, Any]) -> list[str]:
     if not_run := document.get("not_run"):
         names = ", ".join(item["purifier"] for item in not_run)
         found.append(f"Planned and not run, so nothing is said of them: {names}.")
+    if document.get("too_few_groups") and document.get("customization"):
+        found.append(f"Fewer groups were attacked than asked for. {_too_few(document)}")
     return found
 
 

@@ -173,12 +173,14 @@ def strips() -> list[Strip]:
     return [
         Strip(
             title="cats/tabby 17.png",
+            unit="shard-00001-77aa01c2e9f4/0f3a5b7c9d1e",
             shard_id="shard-00001-77aa01c2e9f4",
             row="cats/tabby 17.png",
             pictures={label: picture(place) for place, label in enumerate(single)},
         ),
         Strip(
             title="subject-3",
+            unit="subject-3",
             shard_id="shard-00000-3f2a9c1b7d20",
             row="",
             pictures={label: picture(place, 512) for place, label in enumerate(group)},

@@ -11,6 +11,7 @@ import base64
 import json
 import re
 from collections import Counter
+from dataclasses import replace
 from html.parser import HTMLParser
 from typing import Any
 from xml.etree import ElementTree
@@ -251,8 +252,14 @@ def test_a_side_without_a_limit_is_named() -> None:
 
 def test_names_from_outside_are_escaped() -> None:
     poisoned = [
-        Strip(title=SCRIPT, shard_id=f'"{SCRIPT}', row=f"'{SCRIPT}", pictures={f'"{SCRIPT}': b"png"}),
-        Strip(title='" onerror="alert(1)', shard_id="javascript:alert(1)", row="", pictures={'" onload="x': b"png"}),
+        Strip(title=SCRIPT, unit=SCRIPT, shard_id=f'"{SCRIPT}', row=f"'{SCRIPT}", pictures={f'"{SCRIPT}': b"png"}),
+        Strip(
+            title='" onerror="alert(1)',
+            unit='" onclick="alert(1)',
+            shard_id="javascript:alert(1)",
+            row="",
+            pictures={'" onload="x': b"png"},
+        ),
     ]
     page = render(hostile(), poisoned)
     assert "<script" not in page
@@ -303,8 +310,31 @@ def test_pictures_are_in_the_page_with_the_way_to_their_row(page: str) -> None:
     assert '<a href="#picture-1">subject-3</a>' in page
 
 
+def test_the_numbers_of_an_edited_image_lead_to_its_pictures(document: dict[str, Any]) -> None:
+    """Tables count images by shard and hash; people know them by asset ids, which may repeat across shards."""
+    unit = next(iter(document["editing"][0]["unit_residuals"]["none"]))
+    strip = replace(strips()[0], unit=unit)
+    page = render(document, [strip])
+    assert f'<a href="#picture-0">{unit}</a>' in page
+    assert f"<h3>{strip.title}</h3>" in page
+
+
+REASONS = {"a": "too unlike", "b": "too unlike", "c": "too few"}
+
+
+def test_why_there_are_fewer_groups_than_asked_for(document: dict[str, Any]) -> None:
+    why = "2 shards: too unlike; 1 shard: too few."
+    assert f"Fewer groups were attacked than asked for. {why}" in warnings(document | {"too_few_groups": REASONS})
+    nothing = document | {"too_few_groups": REASONS, "customization": []}
+    (line, *_) = headlines(nothing)
+    assert line.label == "Customization: not measured"
+    assert line.sentence.endswith(f"no group of images of one subject could be made. {why}")
+    assert words(render(nothing, [])).count(why) == 2
+    assert not any("Fewer groups" in text for text in warnings(document | {"too_few_groups": {}}))
+
+
 def test_of_many_shards_the_worst_are_shown_and_the_others_counted() -> None:
-    strip = Strip(title="far", shard_id="shard-00500-aa", row="far", pictures={})
+    strip = Strip(title="far", unit="far", shard_id="shard-00500-aa", row="far", pictures={})
     page = render(many_shards(1000), [strip])
     shown = re.findall(r'<tr class="main" id="shard-(.*?)">', page)
     assert len(shown) == MOST_SHARDS

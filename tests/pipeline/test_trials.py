@@ -27,7 +27,7 @@ from pipeline.verify.attack_models import AttackModels, ModelKind
 from pipeline.verify.cells import build_tables
 from pipeline.verify.customizers.base import Sampling
 from pipeline.verify.customizers.dreambooth import DreamBooth
-from pipeline.verify.groups import REFERENCES, SMALLEST, TRAIN, Candidate, choose_groups
+from pipeline.verify.groups import LEAST_LIKENESS, REFERENCES, SMALLEST, TRAIN, Candidate, choose_groups, why_fewer
 from pipeline.verify.scores import Cell
 from pipeline.verify.specimens import Specimens
 from pipeline.verify.trial import Trial, TrialBench, square
@@ -96,11 +96,30 @@ def test_copies_of_training_images_are_no_references() -> None:
     """Ten images of three pictures: whoever trains on a picture must not be judged by another copy of it."""
 
     def three(wanted: Sequence[Candidate]) -> Tensor:
-        return torch.eye(3)[[int(item.source_sha256) % 3 for item in wanted]]
+        pictures = torch.nn.functional.normalize(torch.eye(3) + 1, dim=1)  # look-alikes, at a cosine of 5 / 6
+        return pictures[[int(item.source_sha256) % 3 for item in wanted]]
 
-    for group in choose_groups(candidates(10, None), 2, "", three):
+    for salt in "abc":
+        (group,) = choose_groups(candidates(10, None), 1, salt, three)
         kinds = [{int(item.source_sha256) % 3 for item in side} for side in (group.train, group.references)]
         assert kinds[0].isdisjoint(kinds[1])
+
+
+def test_images_that_are_unlike_make_no_group() -> None:
+    """Of twelve images four are alike; the others are like nothing, and no count asked for makes groups of them."""
+
+    def four_alike(wanted: Sequence[Candidate]) -> Tensor:
+        own = torch.eye(12)[[int(item.source_sha256) for item in wanted]]
+        common = torch.tensor([[float(int(item.source_sha256) < 4)] for item in wanted])
+        return torch.nn.functional.normalize(torch.cat([own, 2 * common], dim=1), dim=1)  # cosines of 0.8 and 0
+
+    (group,) = choose_groups(candidates(12, None), 3, "", four_alike)
+    assert {int(item.source_sha256) for item in group.members} == {0, 1, 2, 3}
+    vectors = four_alike(group.members)
+    assert float((vectors @ vectors.T).min()) >= LEAST_LIKENESS
+    assert choose_groups(candidates(12, None)[4:], 3, "", four_alike) == []
+    assert f"look-alikes (cosine of at least {LEAST_LIKENESS}" in why_fewer(candidates(12, None))
+    assert "no further subject" in why_fewer(candidates(12, 6))
 
 
 def test_equal_images_count_once() -> None:

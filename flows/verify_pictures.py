@@ -1,0 +1,103 @@
+"""The pictures of a verification: kept on this machine, put into its own page; what is public goes to Prefect.
+
+Pictures of originals never leave the machine and folder that ``--out`` names. Prefect stores artifacts in its own
+database, which may be a hosted one: it gets pictures that anybody can make from the published archive, and no others.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from prefect.artifacts import create_image_artifact
+
+from pipeline.ids import sha256_hex
+from pipeline.verify.html import Strip
+from pipeline.verify.trial import TrialResult
+
+STRIPS = 12  # groups and images that the local report shows
+AMPLIFIED = 8
+PUBLIC = ("protected", "drawn from protected")
+"""How the labels of pictures begin that follow from protected images alone; a difference would give originals away."""
+THUMBNAIL = 96  # pixels of height in the artifact: it lies in a database
+
+
+def keep(result: TrialResult, pictures: Path) -> None:
+    """Every trial leaves a folder, within that of its group or image."""
+    shard_id, name = result.key.split("/")[-2:]
+    folder = pictures / sha256_hex(f"{shard_id}|{result.title}")[:16]  # titles are customers' names
+    own = folder / name.removesuffix(".json")
+    own.mkdir(parents=True, exist_ok=True)
+    about = {"title": result.title, "unit": result.unit, "shard_id": shard_id, "row": result.row}
+    (folder / "about.json").write_text(json.dumps(about), encoding="utf-8")
+    for label, data in result.pictures.items():
+        (own / f"{label}.png").write_bytes(data)
+
+
+def kept_trials(pictures: Path) -> int:
+    """Number of trials whose pictures are on this machine."""
+    return len([path for path in pictures.glob("*/*") if path.is_dir()])
+
+
+def read_strips(pictures: Path) -> list[Strip]:
+    """One strip per group or edited image, from the folders that trials left."""
+    folders = sorted(pictures.iterdir()) if pictures.is_dir() else []
+    return [_strip(folder) for folder in folders[:STRIPS]]
+
+
+def _strip(folder: Path) -> Strip:
+    found = {file.stem: file.read_bytes() for file in sorted(folder.glob("*/*.png"), key=_place)}
+    if "original" in found and "protected" in found:
+        difference = {f"difference x{AMPLIFIED}": _difference(found["original"], found["protected"])}
+        first = {name: found.pop(name) for name in ("original", "protected")}
+        found = first | difference | found
+    about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
+    return Strip(**about, pictures=found)
+
+
+def _place(file: Path) -> tuple[bool, str]:
+    return file.stem.startswith("drawn"), file.stem
+
+
+def _difference(left: bytes, right: bytes) -> bytes:
+    """The change, amplified around middle grey, as PNG."""
+    one, other = (np.asarray(Image.open(io.BytesIO(data)), dtype=np.int16) for data in (left, right))
+    amplified = np.clip(128 + AMPLIFIED * (other - one), 0, 255).astype(np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(amplified).save(file, "PNG")
+    return file.getvalue()
+
+
+def publish_strip(strips: Sequence[Strip]) -> None:
+    """Creates a Prefect artifact of one group or image: the protected pictures and what the attacker makes of them.
+
+    Names of assets and subjects stay out of it, and so does everything that an original was used for.
+    """
+    for strip in strips:
+        shown = {label: data for label, data in strip.pictures.items() if label.startswith(PUBLIC)}
+        if shown:
+            create_image_artifact(
+                key="verify-pictures",
+                image_url="data:image/jpeg;base64," + base64.b64encode(side_by_side(list(shown.values()))).decode(),
+                description="From left to right: " + "; ".join(shown),
+            )
+            return
+
+
+def side_by_side(pictures: Sequence[bytes]) -> bytes:
+    """Pictures of any size as one JPEG, scaled to one height."""
+    images = [Image.open(io.BytesIO(data)).convert("RGB") for data in pictures]
+    images = [image.resize((max(1, THUMBNAIL * image.width // image.height), THUMBNAIL)) for image in images]
+    sheet = Image.new("RGB", (sum(image.width for image in images), THUMBNAIL))
+    left = 0
+    for image in images:
+        sheet.paste(image, (left, 0))
+        left += image.width
+    file = io.BytesIO()
+    sheet.save(file, "JPEG", quality=85)
+    return file.getvalue()
