@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
@@ -11,7 +12,7 @@ from safetensors import SafetensorError
 
 from pipeline.errors import UserError
 from protectors.diffusion import choose_attention
-from protectors.model_files import ModelError, check_folder, resolve_folder
+from protectors.model_files import ModelError, check_folder, read_json, resolve_folder
 from protectors.reference import NANO_DDPM, NANO_SD, reference_path, verify_reference
 
 
@@ -95,7 +96,6 @@ def load_pipeline(name: str | Path, kind: ModelKind = ModelKind.LATENT, device: 
         ModelError: there is none, it is incomplete, or it holds pickled weights only.
     """
     import diffusers
-    import torch
     from diffusers.utils import logging
     from transformers.utils import logging as transformers_logging
 
@@ -108,11 +108,13 @@ def load_pipeline(name: str | Path, kind: ModelKind = ModelKind.LATENT, device: 
         check_folder(folder)
     for library in (logging, transformers_logging):
         library.disable_progress_bar()  # theirs would tear those of the command apart
-    options: dict[str, Any] = {"dtype": torch.float32, "use_safetensors": True, "local_files_only": True}
+    options: dict[str, Any] = _loading()
     if kind in (ModelKind.LATENT, ModelKind.INPAINT, ModelKind.INSTRUCT, ModelKind.CASCADE):
         options |= {"safety_checker": None, "requires_safety_checker": False}
+    pipeline_class = getattr(diffusers, _CLASSES[kind])
     try:
-        pipeline = getattr(diffusers, _CLASSES[kind]).from_pretrained(str(folder), **options).to(device)
+        networks = _load_networks(folder, pipeline_class)
+        pipeline = pipeline_class.from_pretrained(str(folder), **networks, **options).to(device)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise ModelError(f"{folder} is no {_CLASSES[kind]} folder: {error}") from error
     if kind is ModelKind.LATENT:
@@ -122,3 +124,37 @@ def load_pipeline(name: str | Path, kind: ModelKind = ModelKind.LATENT, device: 
     if kind not in (ModelKind.PIXEL, ModelKind.CASCADE):  # IF attends to added keys and values: other processors
         choose_attention(pipeline.unet)
     return pipeline
+
+
+def _loading() -> dict[str, Any]:
+    """What every part of a checkpoint is loaded with."""
+    import torch
+
+    return {"dtype": torch.float32, "use_safetensors": True, "local_files_only": True}
+
+
+def _load_networks(folder: Path, pipeline_class: Any) -> dict[str, Any]:
+    """The networks that a folder holds for a pipeline, one by one: pipelines do not tell which weights are missing.
+
+    Both libraries fill missing weights with random numbers and only log it: an attack with such a model is weak, and
+    weak attacks pass for protection.
+    """
+    import diffusers
+    import transformers
+    from torch.nn import Module
+
+    libraries = {"diffusers": diffusers, "transformers": transformers}
+    wanted = inspect.signature(pipeline_class.__init__).parameters
+    networks: dict[str, Any] = {}
+    for name, entry in read_json(folder / "model_index.json").items():
+        if name not in wanted or not isinstance(entry, list) or entry[0] not in libraries:
+            continue  # the pipeline's own settings, or what it does without, such as a safety checker
+        network_class: Any = getattr(libraries[entry[0]], entry[1], None)
+        is_network = isinstance(network_class, type) and issubclass(network_class, Module)
+        if not is_network:
+            continue  # tokenizers and schedulers, and what a library does not know: the pipeline says so itself
+        network, info = network_class.from_pretrained(str(folder / name), output_loading_info=True, **_loading())
+        if info["missing_keys"]:
+            raise ModelError(f"{folder / name} lacks weights: {sorted(info['missing_keys'])[:3]}; fetch it again")
+        networks[name] = network
+    return networks
