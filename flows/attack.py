@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from flows import show
 from flows.options import S3Endpoint, S3Profile, S3Region
 from pipeline.config import S3Settings
 from pipeline.errors import UserError
@@ -27,7 +27,7 @@ app = typer.Typer(
     no_args_is_help=True,
     help="Single attacks on a folder or shard, writing images: purify, customize, edit.",
 )
-console = Console()
+console = show.terminal()
 
 Source = Annotated[str, typer.Argument(help="Folder, prefix, Parquet file or tar with images.")]
 Out = Annotated[Path, typer.Argument(help="Folder for the pictures and attack.json.")]

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from flows import attack, models, show
+from flows import attack, compare, models, show
 from flows.options import ARCHIVE, METHOD, OUTPUT, RUN, S3Endpoint, S3Profile, S3Region, option
 from flows.settings import job_config, overrides_of, settings
 from pipeline.config import JobConfig, S3Settings, VerifyConfig
@@ -36,7 +36,8 @@ app = typer.Typer(
 )
 app.add_typer(models.app, name="models")
 app.add_typer(attack.app, name="attack")
-console = Console()
+app.add_typer(compare.app)
+console = show.terminal()
 errors = Console(stderr=True)
 
 Source = Annotated[str | None, typer.Argument(help="Folder, prefix or file: images, Parquet, tars. Any fsspec URL.")]

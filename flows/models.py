@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from flows import show
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ app = typer.Typer(
     no_args_is_help=True,
     help="The embedded reference models: small, trained from scratch, for trying everything offline.",
 )
-console = Console()
+console = show.terminal()
 
 
 @app.command("list")

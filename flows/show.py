@@ -21,6 +21,16 @@ if TYPE_CHECKING:
     from pipeline.job import Job
     from pipeline.plan import Plan
 
+UNLIMITED = 10_000  # columns, where no terminal cuts lines off
+
+
+def terminal() -> Console:
+    """A console whose tables are whole where nobody's window is their limit: in a file or a pipe."""
+    console = Console()
+    if not console.is_terminal:
+        console.width = UNLIMITED
+    return console
+
 
 def plan(console: Console, job: Job, found: Plan, cost: Estimate) -> None:
     """What a run would do."""
