@@ -1,11 +1,13 @@
-"""One wrapper for latent diffusion models (VAE, UNet, text encoder), from any diffusers folder or hub id."""
+"""Wrapper for latent diffusion models (VAE, UNet, text encoder), from any diffusers folder or hub id."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from pathlib import Path
+from typing import Any, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +17,7 @@ from protectors.model_files import ModelError, check_folder, load_network, model
 from protectors.randomness import normal
 from protectors.schedule import NoiseSchedule, PredictionType
 
-__all__ = ["DiffusionModel", "LatentParts", "ModelError", "load_model", "model_digest"]
+__all__ = ["DiffusionModel", "LatentModel", "LatentParts", "ModelError", "load_latent", "load_model", "model_digest"]
 
 # An archive can bring one caption per image: the cache must not grow with it.
 _PROMPT_CACHE = 256
@@ -33,8 +35,8 @@ class LatentParts:
     tokenizer: Any
 
 
-class DiffusionModel:
-    """A frozen latent diffusion model that takes images in [0, 1] of any size.
+class LatentModel(ABC):
+    """What all latent diffusion models share: frozen networks that take images in [0, 1] of any size.
 
     Images, latents, losses and schedule arithmetic are float32; only the networks run in ``dtype``.
     Sides that are no multiple of ``stride`` are padded on the right and at the bottom by repeating the
@@ -50,10 +52,11 @@ class DiffusionModel:
     padded sides divided by the VAE's factor; t ``(B,)`` int64; embeddings ``(B, L, D)`` float32.
 
     Raises:
-        ModelError: the networks do not fit the plain text-to-image form.
+        ModelError: the networks do not fit together, or not the form of the subclass.
     """
 
     def __init__(self, parts: LatentParts, schedule: NoiseSchedule, *, digest: str) -> None:
+        self._check_channels(parts.unet.config.in_channels, parts.vae.config.latent_channels)
         _check_parts(parts)
         self.vae = parts.vae
         self.unet = parts.unet
@@ -95,7 +98,7 @@ class DiffusionModel:
         size = self.unet.config.sample_size
         return int(size if isinstance(size, int) else min(size)) * self.vae_factor
 
-    def to(self, device: torch.device | str) -> DiffusionModel:
+    def to(self, device: torch.device | str) -> Self:
         """Moves everything to the device; returns self."""
         for network in self._networks():
             network.to(device)
@@ -117,11 +120,14 @@ class DiffusionModel:
         channels = int(self.vae.config.latent_channels)
         return channels, rows // self.vae_factor, columns // self.vae_factor
 
+    def pad(self, images: Tensor) -> Tensor:
+        """Brings sides to multiples of ``stride`` by repeating the last column and row."""
+        right, bottom = (-images.shape[side] % self.stride for side in (-1, -2))
+        return F.pad(images, (0, right, 0, bottom), mode="replicate")
+
     def encode_moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log variance of the VAE's posterior, not multiplied by the scaling factor."""
-        right, bottom = (-images.shape[side] % self.stride for side in (-1, -2))
-        padded = F.pad(images, (0, right, 0, bottom), mode="replicate")
-        posterior = self.vae.encode((padded * 2 - 1).to(self.dtype)).latent_dist
+        posterior = self.vae.encode((self.pad(images) * 2 - 1).to(self.dtype)).latent_dist
         return posterior.mean.float(), posterior.logvar.float()
 
     def latents(self, moments: tuple[Tensor, Tensor], noise: Tensor) -> Tensor:
@@ -148,12 +154,6 @@ class DiffusionModel:
         """What the UNet was trained to predict: the noise, or v."""
         return self.schedule.target(latents, noise, t)
 
-    def predict(self, noisy: Tensor, t: Tensor, embeddings: Tensor) -> Tensor:
-        """The UNet's prediction (noise or v, see ``prediction_type``)."""
-        output = self.unet(noisy.to(self.dtype), t, encoder_hidden_states=embeddings.to(self.dtype))
-        prediction: Tensor = output.sample.float()
-        return prediction
-
     def predict_x0(self, noisy: Tensor, prediction: Tensor, t: Tensor) -> Tensor:
         """The clean latents that a prediction for these noisy latents implies."""
         return self.schedule.predict_x0(noisy, prediction, t)
@@ -177,8 +177,37 @@ class DiffusionModel:
     def _embed_one(self, prompt: str) -> Tensor:
         return self.encode_prompts([prompt])
 
+    def _run_unet(self, inputs: Tensor, t: Tensor, embeddings: Tensor) -> Tensor:
+        output = self.unet(inputs.to(self.dtype), t, encoder_hidden_states=embeddings.to(self.dtype))
+        prediction: Tensor = output.sample.float()
+        return prediction
+
     def _networks(self) -> tuple[Any, Any, Any]:
         return self.vae, self.unet, self.text_encoder
+
+    @staticmethod
+    @abstractmethod
+    def _check_channels(taken: int, latent: int) -> None:
+        """Raises ModelError unless a UNet that takes so many channels serves latents of so many."""
+
+
+class DiffusionModel(LatentModel):
+    """A frozen text-to-image model: its UNet sees noisy latents and text, and nothing else."""
+
+    def predict(self, noisy: Tensor, t: Tensor, embeddings: Tensor) -> Tensor:
+        """The UNet's prediction (noise or v, see ``prediction_type``)."""
+        return self._run_unet(noisy, t, embeddings)
+
+    @staticmethod
+    def _check_channels(taken: int, latent: int) -> None:
+        if taken != latent:
+            raise ModelError(
+                f"the UNet takes {taken} channels and the VAE gives {latent}: inpainting and "
+                "depth models are not supported; name a text-to-image model"
+            )
+
+
+LatentModelT = TypeVar("LatentModelT", bound=LatentModel)
 
 
 def load_model(
@@ -196,7 +225,11 @@ def load_model(
     Raises:
         ModelError: not found, incomplete, pickled, or of a kind that is not supported.
     """
-    folder = resolve_folder(path_or_id)
+    return load_latent(DiffusionModel, resolve_folder(path_or_id), dtype).to(device)
+
+
+def load_latent(kind: type[LatentModelT], folder: Path, dtype: torch.dtype) -> LatentModelT:
+    """Loads a model of this class on the CPU; errors as in ``load_model``."""
     check_folder(folder)
     # Imported here: they cost seconds, and methods can be listed and configured without them.
     from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -213,7 +246,7 @@ def load_model(
         text_encoder=load_network(CLIPTextModel, folder / "text_encoder", dtype),
         tokenizer=tokenizer,
     )
-    return DiffusionModel(parts, schedule, digest=model_digest(str(folder))).to(device)
+    return kind(parts, schedule, digest=model_digest(str(folder)))
 
 
 def choose_attention(unet: Any) -> None:
@@ -230,12 +263,7 @@ def choose_attention(unet: Any) -> None:
 
 
 def _check_parts(parts: LatentParts) -> None:
-    unet, vae = parts.unet.config, parts.vae.config
-    if unet.in_channels != vae.latent_channels:
-        raise ModelError(
-            f"the UNet takes {unet.in_channels} channels and the VAE gives {vae.latent_channels}: inpainting and "
-            "depth models are not supported; name a text-to-image model"
-        )
+    unet = parts.unet.config
     if unet.addition_embed_type is not None:
         raise ModelError("the UNet wants pooled or size embeddings (SDXL kind): not supported; name SD 1.x or 2.x")
     if unet.cross_attention_dim != parts.text_encoder.config.hidden_size:
