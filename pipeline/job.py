@@ -149,6 +149,8 @@ def find_model(config: JobConfig) -> FoundModel:
     try:
         source = model_source(chosen)
         name = method.model or source.embedded
+        if name is None:
+            raise ModelError(f"it attacks {source.form} models and none is embedded; name a folder with --model")
         folder = model_folder(name)
         return FoundModel(name=name, kind=source.kind, folder=folder, base_size=source.training_scale(folder))
     except (ModelError, ReferenceModelError) as error:

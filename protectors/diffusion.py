@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from protectors.model_files import ModelError, check_folder, load_network, model_digest, read_json, resolve_folder
+from protectors.model_files import Form, ModelError, check_folder, load_network, model_digest, read_json, resolve_folder
 from protectors.randomness import normal
 from protectors.schedule import NoiseSchedule, PredictionType
 
@@ -54,6 +54,9 @@ class LatentModel(ABC):
     Raises:
         ModelError: the networks do not fit together, or not the form of the subclass.
     """
+
+    form: ClassVar[Form]
+    """What a folder of such a model holds."""
 
     def __init__(self, parts: LatentParts, schedule: NoiseSchedule, *, digest: str) -> None:
         self._check_channels(parts.unet.config.in_channels, parts.vae.config.latent_channels)
@@ -194,6 +197,8 @@ class LatentModel(ABC):
 class DiffusionModel(LatentModel):
     """A frozen text-to-image model: its UNet sees noisy latents and text, and nothing else."""
 
+    form = "latent text-to-image"
+
     def predict(self, noisy: Tensor, t: Tensor, embeddings: Tensor) -> Tensor:
         """The UNet's prediction (noise or v, see ``prediction_type``)."""
         return self._run_unet(noisy, t, embeddings)
@@ -230,7 +235,7 @@ def load_model(
 
 def load_latent(kind: type[LatentModelT], folder: Path, dtype: torch.dtype) -> LatentModelT:
     """Loads a model of this class on the CPU; errors as in ``load_model``."""
-    check_folder(folder)
+    check_folder(folder, kind.form)
     # Imported here: they cost seconds, and methods can be listed and configured without them.
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer

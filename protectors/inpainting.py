@@ -17,6 +17,8 @@ class InpaintingModel(LatentModel):
     with the repainted area blanked (C): nine channels with SD's four.
     """
 
+    form = "latent inpainting"
+
     def condition(self, images: Tensor, repaint: Tensor, noise: Tensor) -> Tensor:
         """What the UNet sees beside the noisy latents, ``(B, 1 + C, h, w)``.
 

@@ -10,6 +10,7 @@ import torch
 
 from protectors.base import ImageProtector
 from protectors.diffusion import DiffusionModel, load_model
+from protectors.inpainting import InpaintingModel, load_inpainting_model
 from protectors.model_files import Form, ModelError, model_base_size
 from protectors.pixel import PixelModel, load_pixel_model
 from protectors.reference import NANO_DDPM, NANO_SD
@@ -19,12 +20,12 @@ from protectors.reference import NANO_DDPM, NANO_SD
 class ModelSource:
     """Everything about one kind of model that is needed before one is loaded."""
 
-    # The kind as attackers' checkpoints are named: "latent", "pixel".
+    # The kind as attackers' checkpoints are named: "latent", "inpaint", "pixel".
     kind: str
     # What the folder must hold.
     form: Form
-    # The embedded model, for jobs that name none.
-    embedded: str
+    # The embedded model, for jobs that name none; None where there is none.
+    embedded: str | None
     # (path or id, device=, dtype=) -> the model.
     load: Callable[..., Any]
     # Shorter side of an image at training scale, in sides of the model.
@@ -37,6 +38,7 @@ class ModelSource:
 
 _SOURCES: dict[type, ModelSource] = {
     DiffusionModel: ModelSource(kind="latent", form="latent text-to-image", embedded=NANO_SD, load=load_model),
+    InpaintingModel: ModelSource(kind="inpaint", form="latent inpainting", embedded=None, load=load_inpainting_model),
     # Purifiers work in tiles of half the size at which attackers train: 256 of 512, and 64 of 128 with nano-ddpm.
     PixelModel: ModelSource(kind="pixel", form="pixel-space", embedded=NANO_DDPM, load=load_pixel_model, scale=2),
 }

@@ -13,20 +13,22 @@ from typing import Any, Literal
 from safetensors import SafetensorError
 
 MODEL_INDEX = "model_index.json"
-Form = Literal["latent text-to-image", "pixel-space"]
+Form = Literal["latent text-to-image", "latent inpainting", "pixel-space"]
 # Component folders and the classes that may be in them; any scheduler serves, its betas are what counts.
+_LATENT: dict[str, tuple[str, ...]] = {
+    "scheduler": (),
+    "text_encoder": ("CLIPTextModel",),
+    "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
+    "unet": ("UNet2DConditionModel",),
+    "vae": ("AutoencoderKL",),
+}
 COMPONENTS: dict[Form, dict[str, tuple[str, ...]]] = {
-    "latent text-to-image": {
-        "scheduler": (),
-        "text_encoder": ("CLIPTextModel",),
-        "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
-        "unet": ("UNet2DConditionModel",),
-        "vae": ("AutoencoderKL",),
-    },
+    "latent text-to-image": _LATENT,
+    "latent inpainting": _LATENT,
     "pixel-space": {"scheduler": (), "unet": ("UNet2DModel",)},
 }
 # Those of a latent model are all that there are.
-_PARTS = tuple(COMPONENTS["latent text-to-image"])
+_PARTS = tuple(_LATENT)
 _WEIGHTLESS = ("scheduler", "tokenizer")
 # Text and safetensors only: pickle files run code when they are loaded.
 _DEFINING = ("*.json", "*.txt", "*.safetensors")
@@ -99,9 +101,11 @@ def check_folder(folder: Path, form: Form = "latent text-to-image") -> None:
 
 
 def _form(index: Mapping[str, Any], classes: Mapping[str, str]) -> Form:
-    """A UNet that takes no text works on pixels; a broken index is told by its pipeline."""
+    """A UNet that takes no text works on pixels; the rest is told by the pipeline's class."""
     pixels = index.get("_class_name") == "DDPMPipeline" or classes.get("unet") == "UNet2DModel"
-    return "pixel-space" if pixels else "latent text-to-image"
+    if pixels:
+        return "pixel-space"
+    return "latent inpainting" if "Inpaint" in str(index.get("_class_name")) else "latent text-to-image"
 
 
 def load_network(network_class: Any, folder: Path, dtype: Any) -> Any:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from protectors.base import Batch
-from protectors.diffusion import DiffusionModel
+from protectors.diffusion import DiffusionModel, LatentModel
 from protectors.randomness import integers, normal
 
 
@@ -40,7 +40,7 @@ def draw(model: DiffusionModel, images: Tensor, generators: Sequence[torch.Gener
     )
 
 
-def embed_prompts(model: DiffusionModel, batch: Batch, default: str) -> Tensor:
+def embed_prompts(model: LatentModel, batch: Batch, default: str) -> Tensor:
     """Embeddings ``(B, L, D)`` of the images' own prompts, or of the method's default for all of them."""
     return model.embed_prompts(batch.prompts or (default,) * len(batch.seeds))
 

@@ -20,10 +20,11 @@ from torch import Tensor
 
 from protectors.base import ImageProtector, ProtectResult
 from protectors.diffusion import DiffusionModel, load_model
+from protectors.inpainting import InpaintingModel, load_inpainting_model
 from protectors.model_files import ModelError
 from protectors.pixel import PixelModel, load_pixel_model
 from protectors.registry import protector_class, protector_names
-from tests.protectors.tiny import save_tiny_model, save_tiny_pixel_model
+from tests.protectors.tiny import save_tiny_inpainting_model, save_tiny_model, save_tiny_pixel_model
 
 # Overrides of the "fast" preset that keep a test under a second on the tiny model.
 SMALL: dict[str, dict[str, Any]] = {
@@ -38,6 +39,16 @@ SMALL: dict[str, dict[str, Any]] = {
         "step_levels": 8.0,
         "eval_draws": 2,
     },
+    "aspl": {
+        "rounds": 2,
+        "steps": 1,
+        "clean_steps": 1,
+        "perturbed_steps": 1,
+        "step_levels": 8.0,
+        "eval_draws": 2,
+    },
+    "fsmg": {"steps": 2, "training_steps": 1, "step_levels": 8.0, "eval_draws": 2},
+    "diffusion_guard": {"steps": 6, "step_levels": 8.0, "eval_draws": 2},
     "mist": {"steps": 4, "eval_draws": 2},
     "noise": {},
     "photoguard": {"steps": 4},
@@ -56,6 +67,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 # What writes a tiny folder of each kind of model, and what loads it.
 KINDS: dict[type, tuple[Callable[..., Path], Callable[[str], Any]]] = {
     DiffusionModel: (save_tiny_model, load_model),
+    InpaintingModel: (save_tiny_inpainting_model, load_inpainting_model),
     PixelModel: (save_tiny_pixel_model, load_pixel_model),
 }
 Models = dict[tuple[type, str], Any]

@@ -12,14 +12,15 @@ from transformers import CLIPTextConfig, CLIPTextModel
 WIDTH = 32
 
 
-def save_tiny_model(folder: Path, *, prediction_type: str = "epsilon", seed: int = 0) -> Path:
+def save_tiny_model(folder: Path, *, prediction_type: str = "epsilon", channels: int = 4, seed: int = 0) -> Path:
     """Writes a Stable-Diffusion-like folder (under 1 MB; VAE factor 2, stride 4, base size 64)."""
     torch.manual_seed(seed)
-    index: dict[str, object] = {"_class_name": "StableDiffusionPipeline"}
+    pipeline = "StableDiffusionPipeline" if channels == 4 else "StableDiffusionInpaintPipeline"
+    index: dict[str, object] = {"_class_name": pipeline}
     scheduler = DDPMScheduler(
         beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, prediction_type=prediction_type
     )
-    diffusers_parts = {"vae": _vae(), "unet": _unet(), "scheduler": scheduler}
+    diffusers_parts = {"vae": _vae(), "unet": _unet(channels), "scheduler": scheduler}
     for name, part in diffusers_parts.items():
         part.save_pretrained(str(folder / name))
         index[name] = ["diffusers", type(part).__name__]
@@ -29,6 +30,11 @@ def save_tiny_model(folder: Path, *, prediction_type: str = "epsilon", seed: int
     index["tokenizer"] = ["transformers", "CLIPTokenizer"]
     (folder / "model_index.json").write_text(json.dumps(index))
     return folder
+
+
+def save_tiny_inpainting_model(folder: Path, *, prediction_type: str = "epsilon", seed: int = 0) -> Path:
+    """As ``save_tiny_model``, with a UNet that takes nine channels."""
+    return save_tiny_model(folder, prediction_type=prediction_type, channels=9, seed=seed)
 
 
 def save_tiny_pixel_model(
@@ -76,10 +82,10 @@ def _vae() -> AutoencoderKL:
     )
 
 
-def _unet() -> UNet2DConditionModel:
+def _unet(channels: int) -> UNet2DConditionModel:
     unet = UNet2DConditionModel(
         sample_size=32,
-        in_channels=4,
+        in_channels=channels,
         out_channels=4,
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
