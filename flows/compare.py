@@ -1,0 +1,205 @@
+"""``fixative compare``: which protection to use, settled by the same attacks on the same subjects."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from flows.attack import Models, kinds
+from flows.progress import observer, shown_on
+from flows.settings import overrides_of
+from pipeline.errors import PipelineError, UserError
+
+if TYPE_CHECKING:
+    from pipeline.compare.plan import Comparison
+    from pipeline.compare.results import Findings
+    from pipeline.compare.store import Results
+
+app = typer.Typer()
+console = Console()
+
+_what, _attack, _how = (
+    partial(typer.Option, rich_help_panel=panel) for panel in ("What is compared", "Attacks", "How it runs")
+)
+
+
+class ComparisonIncomplete(PipelineError):
+    """Some methods have no numbers; the others are reported."""
+
+
+@app.command("compare")
+def compare(
+    photos: Annotated[
+        Path,
+        _what("--photos", help="Parquet with columns asset_id, image, subject, subject_class."),
+    ],
+    out: Annotated[
+        Path,
+        _what("--out", help="Folder for tables, pictures and all stored results. It will show originals."),
+    ],
+    methods: Annotated[
+        str,
+        _what("--methods", help="name[:preset][@levels], between commas. See `fixative methods`."),
+    ] = "",
+    methods_file: Annotated[
+        Path | None,
+        _what("--methods-file", help="YAML list of {name, label, preset, eps_levels, overrides}."),
+    ] = None,
+    eps: Annotated[float, _what("--eps", help="Budget in 8-bit levels of methods without @levels.")] = 8.0,
+    model: Annotated[
+        str, _what("--model", help="Diffusers folder or hub id that methods optimize against.")
+    ] = "nano-sd",
+    subjects: Annotated[str, _what("--subjects", help="A number, the first in alphabetical order; or names.")] = "6",
+    against: Annotated[
+        str | None,
+        _what("--against", help="A method's label: adds the difference of worst-case effects to its."),
+    ] = None,
+    attacks: Annotated[
+        str,
+        _attack("--attacks", help="Customizers as name[:preset], and editors. See `attack list`."),
+    ] = "dreambooth",
+    purifiers: Annotated[
+        str, _attack("--purifiers", help="Tried beside none, between commas. See `attack list`.")
+    ] = "",
+    overrides: Annotated[
+        list[str] | None,
+        _attack("--set", help="A field of the customizers, as name=value; repeatable."),
+    ] = None,
+    generated: Annotated[int, _attack("--generated", help="Images drawn from each customized model.", min=1)] = 8,
+    train: Annotated[int, _attack("--train", help="Photos per subject to protect and train on, at most.", min=1)] = 4,
+    attack_model: Models = None,
+    seed: Annotated[int, _how("--seed", help="Of all random draws.", min=0)] = 0,
+    workers: Annotated[
+        int | None, _how("--workers", help="Processes of one thread. [default: one per core]", min=1)
+    ] = None,
+    device: Annotated[str, _how("--device", help="cpu or cuda.")] = "cpu",
+    dry_run: Annotated[bool, _how("--dry-run", help="Say how much is to do and what is stored.")] = False,
+) -> None:
+    """Protect the same subjects with several methods, attack all of them alike, and print one table.
+
+    The training photos of every subject are protected by every method. Then an attacker customizes a model on them, or
+    edits them, without and with each purifier, and does the same to the clean photos. A method's [bold]effect[/bold] is
+    the share of the attacker's gain that it prevents: 0 nothing, 1 all. It counts after the purifier that suits the
+    attacker best (worst). Read it beside noise, the control of equal budget, and noise@96, which destroys the photos:
+    a method that is not better than noise does nothing.
+
+    Writes comparison.json (every number), .csv, .md (the table), .png (effect against visibility) and sheet.png
+    (pictures) into OUT. Results are stored one by one under names that follow from all that decides them: run the same
+    command again to go on after a stop, or with further methods, purifiers or subjects to add only those.
+
+    Example: fixative compare --photos subjects.parquet --out comparison --methods mist,advdm:paper,noise,noise@96
+    --purifiers jpeg75,gridpure-quick --attacks dreambooth,sdedit-0.5-quick --subjects 6 --against noise
+    """
+    from pipeline.compare.methods import check_label, parse_methods, read_methods
+    from pipeline.compare.plan import Settings, plan_comparison
+    from pipeline.compare.store import Results
+
+    specs = [*parse_methods(methods), *(read_methods(methods_file) if methods_file is not None else [])]
+    comparison = plan_comparison(
+        Settings(
+            methods=tuple(specs),
+            photos=photos,
+            subjects=int(subjects) if subjects.isdecimal() else _names(subjects),
+            train=train,
+            purifiers=_names(purifiers),
+            attacks=_names(attacks),
+            overrides=overrides_of(overrides) or {},
+            generated=generated,
+            eps_levels=eps,
+            model=model,
+            models=kinds(attack_model),
+            device=device,
+            seed=seed,
+        )
+    )
+    if against is not None:
+        check_label(against, comparison.methods)
+    results = Results(out)
+    if dry_run:
+        _show_plan(comparison, results)
+        return
+    with shown_on(console):
+        failed = _run(comparison, results, workers or os.cpu_count() or 1)
+    if len(failed) == len(comparison.methods):
+        raise UserError("; ".join(f"{label}: {reason}" for label, reason in failed.items()))
+    found = _report(comparison, results, failed, against)
+    _show(found)
+    console.print(f"wrote {results.folder}/comparison.json, .csv, .md, .png and sheet.png", highlight=False)
+    if failed:
+        raise ComparisonIncomplete("; ".join(f"{label}: {reason}" for label, reason in failed.items()))
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+
+
+def _show_plan(comparison: Comparison, results: Results) -> None:
+    protections = comparison.protections()
+    trials = comparison.trials(protections)
+    for name, tasks, stored in (
+        ("protections of a subject", protections, results.protections()),
+        ("trials", trials, results.trials()),
+    ):
+        done = sum(task.key in stored for task in tasks)
+        console.print(f"{name}: {len(tasks) - done} to run, {done} stored", highlight=False)
+    for method in comparison.methods:
+        if method.failed is not None:
+            console.print(f"{method.label} cannot run: {method.failed}", style="yellow", markup=False)
+
+
+def _run(comparison: Comparison, results: Results, workers: int) -> dict[str, str]:
+    """Does what is not stored yet; returns the methods that have failed, with the reason."""
+    from pipeline.compare.bench import workbench
+
+    failed = {method.label: method.failed for method in comparison.methods if method.failed is not None}
+    with workbench(comparison, results.folder, workers=workers) as run:
+        protections = comparison.protections()
+        stored = results.protections()
+        missing = [task for task in protections if task.key not in stored]
+        observer().step("protect", len(protections), len(protections) - len(missing))
+        for done in run(missing):
+            if done.error is not None:
+                failed.setdefault(done.method, done.error)
+            observer().advance(1, done.label)
+        trials = comparison.trials([item for item in protections if item.method.label not in failed])
+        stored = results.trials()
+        open_trials = [task for task in trials if task.key not in stored]
+        observer().step("attack", len(trials), len(trials) - len(open_trials))
+        for done in run(open_trials):
+            observer().advance(1, done.label)
+    return failed
+
+
+def _report(comparison: Comparison, results: Results, failed: dict[str, str], against: str | None) -> Findings:
+    from pipeline.compare import pictures, report
+    from pipeline.compare.results import gather
+    from pipeline.storage import json_bytes
+
+    found = gather(comparison, results, failed, against=against)
+    folder = results.folder
+    (folder / "comparison.json").write_bytes(json_bytes(report.document(found)))
+    (folder / "comparison.csv").write_text(report.flat(found), encoding="utf-8")
+    (folder / "comparison.md").write_text(report.markdown(found), encoding="utf-8")
+    pictures.plot(found, folder / "comparison.png")
+    pictures.sheet(found, results, folder / "sheet.png")
+    return found
+
+
+def _show(found: Findings) -> None:
+    from rich.markup import escape
+
+    from pipeline.compare import report
+
+    for attack in found.comparison.attacks:
+        table = Table(*report.header(found), title=attack.label)
+        for line in report.lines(found, attack):
+            table.add_row(*map(escape, line))
+        console.print(table)
+        for note in report.notes(found, attack):
+            console.print(note, highlight=False, markup=False)

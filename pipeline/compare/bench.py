@@ -1,0 +1,197 @@
+"""Does the work of a comparison: protects photos and runs trials, in this process or in several."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.compare.plan import Comparison, PlannedCustomization, PlannedEdit, PlannedTrial, Protection
+from pipeline.compare.store import Protected, Results
+from pipeline.compare.subjects import photo_digest, pixels_of
+from pipeline.errors import FatalWorkerError
+from pipeline.ids import asset_seed
+from pipeline.verify.attack_models import AttackModels
+from pipeline.verify.customizers.base import PHOTO
+from pipeline.verify.edit_trial import EditTrial, run_edit_trial
+from pipeline.verify.editors.base import Edit
+from pipeline.verify.metrics.base import Against
+from pipeline.verify.metrics.fidelity import Colour, PixelChange, Structure
+from pipeline.verify.trial import Trial, TrialBench, TrialResult, tensor
+from pipeline.worker import exit_on_device_fault
+from protectors.diffusion import load_model
+from protectors.registry import protector_class
+
+SUBJECTS = "subjects"  # names the set of photos in scores, as a shard's id does elsewhere
+
+Task = Protection | PlannedTrial
+Runner = Callable[[Iterable[Task]], Iterator["Done"]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Done:
+    """A task that has ended."""
+
+    # What it was about: method or attack, and subject.
+    label: str
+    # Label of the method that was to be run, and why it could not; None: its result is stored.
+    method: str = ""
+    error: str | None = None
+
+
+class Bench:
+    """Holds the models of one process; each is loaded when it is first needed, and once."""
+
+    def __init__(self, comparison: Comparison, folder: Path) -> None:
+        self.comparison, self.results = comparison, Results(folder)
+        self.models = AttackModels(comparison.models, device=comparison.settings.device)
+        self._benches: dict[str, TrialBench] = {}
+        self._surrogates: dict[str, Any] = {}
+
+    def run(self, task: Task) -> Done:
+        """Does one task and stores its result. A method that fails is told; an attack that fails is a result.
+
+        Raises:
+            FatalWorkerError: the device or the disk is ill; what is stored stays.
+        """
+        if not isinstance(task, Protection):
+            started = time.process_time()
+            result = self._edit(task) if isinstance(task, PlannedEdit) else self._customize(task)
+            self.results.put_trial(task.key, result, time.process_time() - started)
+            return Done(label=f"{task.attack.label}, {result.title}")
+        label = f"{task.method.label}, {task.subject.name}"
+        try:
+            protected = self._protect(task)
+        except Exception as error:  # noqa: BLE001 - whatever a method raises is its row's reason; the others go on
+            exit_on_device_fault(error)
+            reason = f"{task.subject.name}: {type(error).__name__}: {error}"
+            return Done(label=label, method=task.method.label, error=reason)
+        self.results.put_protected(task.key, protected)
+        return Done(label=label)
+
+    def _protect(self, task: Protection) -> Protected:
+        method, subject = task.method, task.subject
+        chosen = protector_class(method.spec.name)
+        model = self._surrogate(method.model) if chosen.needs_model() else None
+        protector = chosen(chosen.config_type.from_dict(method.config), model)
+        originals = torch.stack([tensor(photo) for photo in subject.train])
+        prompts = [PHOTO.format(subject.class_word)] * len(originals)
+        started = time.process_time()
+        result = protector.protect(originals.float() / 255, prompts=prompts, seeds=self.comparison.seeds(subject))
+        seconds = time.process_time() - started
+        if failed := [fact.failed for fact in result.facts if fact.failed]:
+            raise RuntimeError(failed[0])
+        pixels = pixels_of(result.images)
+        images = torch.stack([tensor(photo) for photo in pixels])
+        fidelity: dict[str, list[float]] = {}
+        for metric in (PixelChange(), Structure(), Colour()):
+            fidelity |= metric.score(images, Against(originals=originals))
+        return Protected(photos=pixels, fidelity=fidelity, seconds=seconds)
+
+    def _surrogate(self, folder: str) -> Any:
+        if folder not in self._surrogates:
+            self._surrogates[folder] = load_model(folder, device=self.comparison.settings.device)
+        return self._surrogates[folder]
+
+    def _customize(self, task: PlannedCustomization) -> TrialResult:
+        label, subject, item = task.attack.label, task.subject, task.protection
+        if label not in self._benches:
+            self._benches[label] = TrialBench(self.comparison.attack(task.attack), self.models)
+        trial = Trial(
+            key=task.key,
+            shard_id=SUBJECTS,
+            group=subject.name,
+            class_word=subject.class_word,
+            cell=task.cell,
+            purifier=task.purifier,
+            train=subject.train if item is None else self.results.protected(item.key).photos,
+            references=subject.references,
+        )
+        return self._benches[label].run(trial)
+
+    def _edit(self, task: PlannedEdit) -> TrialResult:
+        settings, subject = self.comparison.settings, task.protection.subject
+        name, word, clean = f"{subject.name}/{task.photo}", subject.class_word, subject.train[task.photo]
+        trial = EditTrial(
+            key=task.key,
+            shard_id=SUBJECTS,
+            asset_id=name,
+            unit=name,
+            editor=task.attack.name,
+            edit=Edit(target=f"{settings.edit_prompt} of a {word}", source=PHOTO.format(word)),
+            clean=clean,
+            protected=self.results.protected(task.protection.key).photos[task.photo],
+            purifiers=settings.purifiers,
+            seed=asset_seed(photo_digest(clean), str(settings.seed), task.attack.name),
+        )
+        result = run_edit_trial(trial, self.models)
+        # Photos of one subject are not independent: the subject is what is resampled.
+        result.scores = [replace(score, unit=subject.name) for score in result.scores]
+        return result
+
+
+_bench: Bench | None = None
+
+
+def _start(comparison: Comparison, folder: Path) -> None:
+    global _bench
+    torch.set_num_threads(1)
+    _bench = Bench(comparison, folder)
+
+
+def _run(task: Task) -> Done:
+    if _bench is None:
+        raise RuntimeError("the process was not started by `workbench`")
+    return _bench.run(task)
+
+
+@contextmanager
+def workbench(comparison: Comparison, folder: Path, *, workers: int) -> Iterator[Runner]:
+    """Gives a function that does tasks and yields them as they end, in any order.
+
+    Every process works with one thread, so that numbers are equal on every number of workers.
+
+    Args:
+        comparison: what is compared.
+        folder: of its results.
+        workers: processes; 1 works in this one.
+
+    Raises:
+        FatalWorkerError: (the function) a process died, or its machine is ill.
+    """
+    if workers == 1:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield partial(map, Bench(comparison, folder).run)
+        finally:
+            torch.set_num_threads(threads)
+        return
+    # Spawned, because a forked child of a process with torch's threads can hang.
+    with ProcessPoolExecutor(
+        workers, mp_context=get_context("spawn"), initializer=_start, initargs=(comparison, folder)
+    ) as pool:
+        yield partial(_in_pool, pool)
+
+
+def _in_pool(pool: ProcessPoolExecutor, tasks: Iterable[Task]) -> Iterator[Done]:
+    futures = [pool.submit(_run, task) for task in tasks]
+    try:
+        for future in as_completed(futures):
+            yield future.result()
+    except BrokenProcessPool as error:
+        raise FatalWorkerError(
+            "a worker died, perhaps for lack of memory: run the same command again, with fewer --workers"
+        ) from error
+    finally:
+        for future in futures:
+            future.cancel()

@@ -1,0 +1,163 @@
+"""The methods of a comparison: how they are written, and what that means on this machine."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipeline.errors import UserError
+from pipeline.ids import fingerprint
+from pipeline.job import NO_MODEL, model_folder
+from pipeline.verify.campaign import folder_digest
+from protectors.model_files import ModelError
+from protectors.reference import ReferenceModelError
+from protectors.registry import UnknownProtector, protector_class
+
+_WRITTEN = re.compile(r"(?P<name>[\w.-]+)(:(?P<preset>[\w.-]+))?(@(?P<levels>\d+(\.\d+)?))?")
+DEFAULT_PRESET = "fast"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MethodSpec:
+    """A method as it was asked for."""
+
+    # Names its row; unique in the comparison.
+    label: str
+    # Registered, or "module:Class".
+    name: str
+    preset: str = DEFAULT_PRESET
+    # Budget in 8-bit levels; None: the comparison's.
+    eps_levels: float | None = None
+    # Fields of the method's configuration in place of the preset's.
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Method:
+    """A method that is ready to run, or the reason why it is not."""
+
+    spec: MethodSpec
+    version: str
+    config: Mapping[str, Any]
+    # The checkpoint that it optimizes against and the digest of its files; "" and NO_MODEL where it needs none.
+    model: str
+    digest: str
+    failed: str | None = None
+
+    @property
+    def label(self) -> str:
+        """Names its row."""
+        return self.spec.label
+
+    def identity(self) -> dict[str, Any]:
+        """Everything of it that decides pixels."""
+        return {"name": self.spec.name, "version": self.version, "config": self.config, "model": self.digest}
+
+
+def parse_methods(text: str) -> list[MethodSpec]:
+    """Reads `name[:preset][@levels]`, several of them between commas.
+
+    Raises:
+        UserError: one of them is written otherwise.
+    """
+    found = []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        match = _WRITTEN.fullmatch(part)
+        if match is None:
+            raise UserError(f"method {part!r}: write name, name:preset, name@levels or name:preset@levels")
+        levels = match["levels"]
+        found.append(
+            MethodSpec(
+                label=part,
+                name=match["name"],
+                preset=match["preset"] or DEFAULT_PRESET,
+                eps_levels=None if levels is None else float(levels),
+            )
+        )
+    return found
+
+
+def read_methods(file: Path) -> list[MethodSpec]:
+    """Reads a YAML list of rows `{label, name, preset, eps_levels, overrides}`; `name` alone is needed.
+
+    Raises:
+        UserError: it cannot be read, or a row has another form.
+    """
+    try:
+        rows = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{file} cannot be read as YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise UserError(f"{file} must hold a list of methods, such as `- {{name: mist, overrides: {{steps: 50}}}}`")
+    return [_row(file, row) for row in rows]
+
+
+def _row(file: Path, row: dict[str, Any]) -> MethodSpec:
+    known = [item.name for item in fields(MethodSpec)]
+    if unknown := sorted(set(row) - set(known)):
+        raise UserError(f"{file}: no such field {unknown[0]!r}; a method has {', '.join(known)}")
+    if not isinstance(row.get("name"), str):
+        raise UserError(f"{file}: a method without a name: {row}")
+    if not isinstance(row.get("overrides", {}), dict):
+        raise UserError(f"{file}: the overrides of {row['name']} must be a mapping")
+    return MethodSpec(**{"label": row["name"], **row})
+
+
+def resolve_methods(specs: Sequence[MethodSpec], *, eps_levels: float, model: str) -> tuple[Method, ...]:
+    """Applies presets and budgets, and finds the checkpoint.
+
+    Args:
+        specs: what is compared.
+        eps_levels: budget of those that name none.
+        model: that methods optimize against.
+
+    Raises:
+        UserError: an unknown method, preset or field, a value that cannot work, or the same twice. A checkpoint
+            that is not there is no such error: it fails the method alone.
+    """
+    labels = [spec.label for spec in specs]
+    if repeated := [label for label in labels if labels.count(label) > 1]:
+        raise UserError(f"two methods are called {repeated[0]!r}: give one of them another label")
+    methods = tuple(_resolve(spec, eps_levels, model) for spec in specs)
+    same: dict[str, str] = {}
+    for method in methods:
+        other = same.setdefault(fingerprint(method.identity()), method.label)
+        if other != method.label:
+            raise UserError(f"methods {other!r} and {method.label!r} are the same: leave one of them out")
+    return methods
+
+
+def _resolve(spec: MethodSpec, eps_levels: float, model: str) -> Method:
+    try:
+        chosen = protector_class(spec.name)
+    except UnknownProtector as error:
+        raise UserError(str(error)) from error
+    if spec.preset not in chosen.presets:
+        raise UserError(f"method {spec.name!r} has no preset {spec.preset!r}; it has {', '.join(chosen.presets)}")
+    budget = eps_levels if spec.eps_levels is None else spec.eps_levels
+    try:
+        config = chosen.presets[spec.preset].replace(**{"eps_levels": float(budget), **spec.overrides})
+    except (ValueError, TypeError) as error:
+        raise UserError(f"method {spec.label!r}: {error}") from error
+    method = Method(spec=spec, version=chosen.version, config=config.to_dict(), model="", digest=NO_MODEL)
+    if not chosen.needs_model():
+        return method
+    try:
+        folder = model_folder(model)
+    except (ModelError, ReferenceModelError) as error:
+        return replace(method, model=model, failed=str(error))
+    return replace(method, model=folder, digest=folder_digest(Path(folder)))
+
+
+def check_label(label: str, methods: Iterable[Method]) -> None:
+    """Raises UserError unless a method has this label."""
+    known = [method.label for method in methods]
+    if label not in known:
+        close = get_close_matches(label, known, n=1)
+        raise UserError(f"no method {label!r} in this comparison; it has {', '.join(close or known)}")
