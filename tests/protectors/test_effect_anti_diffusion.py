@@ -1,0 +1,112 @@
+"""Whether Anti-Diffusion does on the embedded model what its paper says: measured, with intervals over photos.
+
+E1 more denoising loss than under random noise of the same size; E2 a tuned prompt denoises better than the empty one;
+E3 the semantic disturbance loss lowers the mean of clamped, squared attention.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from skimage import data
+from skimage.transform import resize
+from torch import Tensor
+
+from pipeline.verify.bootstrap import Interval, Plan, Sample, figures_with_intervals
+from protectors.anti_diffusion import AntiDiffusion, mean_attention, semantic_disturbance
+from protectors.attention import cross_attention_layers, recorded
+from protectors.diffusion import DiffusionModel, load_model
+from protectors.objectives import Draws, draw, latent_denoising_loss
+from protectors.prompt_tuning import tune_prompts
+from protectors.randomness import streams
+from protectors.reference import reference_path
+
+FAST = AntiDiffusion.presets["fast"]
+DRAWS = 64
+TUNING_STEPS = 40
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Means over fixed draws, one per photo."""
+
+    loss: Tensor
+    """L_dn under the pretrained UNet."""
+    attention: Tensor
+    """mean(M^2), which is minus L_sdl."""
+
+
+def photos(side: int = 128) -> Tensor:
+    """Six squares out of three photos, `(6, 3, side, side)` in [0, 1]."""
+    squares = []
+    for photo in (data.astronaut(), data.chelsea(), data.coffee()):
+        edge = min(photo.shape[:2])
+        for square in (photo[:edge, :edge], photo[-edge:, -edge:]):
+            squares.append(torch.from_numpy(resize(square, (side, side), anti_aliasing=True)).permute(2, 0, 1))
+    return (torch.stack(squares).float().clamp(0, 1) * 255).round() / 255
+
+
+def random_signs(images: Tensor, levels: float) -> Tensor:
+    signs = torch.randint(0, 2, images.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    return (images + signs * levels / 255).clamp(0, 1)
+
+
+def loss_at(model: DiffusionModel, images: Tensor, prompts: Tensor, draws: Draws) -> Tensor:
+    latents = model.latents(model.encode_moments(images), draws.posterior)
+    return latent_denoising_loss(model, latents, prompts, draws)
+
+
+@torch.no_grad()
+def measure(model: DiffusionModel, images: Tensor, prompts: Tensor) -> Measured:
+    generators = streams(range(len(images)), "effect")
+    layers = max(cross_attention_layers(model.unet).items())[1]
+    losses, attention = [], []
+    for _ in range(DRAWS):
+        with recorded(layers) as maps:
+            losses.append(loss_at(model, images, prompts, draw(model, images, generators)))
+        attention.append(-semantic_disturbance(mean_attention(maps, FAST.heads), FAST.sdl_scale))
+    return Measured(torch.stack(losses).mean(0), torch.stack(attention).mean(0))
+
+
+def tuned_prompts(model: DiffusionModel, images: Tensor) -> Tensor:
+    generators = streams(range(len(images)), "tuning")
+
+    def loss(prompts: Tensor, step: int) -> Tensor:
+        return loss_at(model, images, prompts, draw(model, images, generators))
+
+    start = model.embed_prompts([""] * len(images))
+    return tune_prompts(loss, start, steps=TUNING_STEPS, rate=FAST.pt_rate)
+
+
+def mean_difference(above: Tensor, below: Tensor) -> Interval:
+    differences = (above - below).double().numpy()[:, None]
+    means = figures_with_intervals(Sample.of_units(differences), lambda drawn: {"mean": drawn.mean((1, 2))}, Plan())
+    return means["mean"]
+
+
+def is_above_zero(interval: Interval) -> bool:
+    return interval.low is not None and interval.low > 0
+
+
+@pytest.fixture(scope="module")
+def model() -> DiffusionModel:
+    return load_model(str(reference_path()))
+
+
+@pytest.mark.slow
+def test_effect_on_the_embedded_model(model: DiffusionModel) -> None:
+    images = photos()
+    seeds = list(range(len(images)))
+    protected = AntiDiffusion(FAST, model).protect(images, seeds=seeds).images
+    blind = AntiDiffusion(FAST.replace(lambda_sdl=0), model).protect(images, seeds=seeds).images
+    noisy = random_signs(images, FAST.eps_levels)
+    empty, tuned = model.embed_prompts([""] * len(images)), tuned_prompts(model, images)
+    for prompts in (empty, tuned):
+        gain = mean_difference(measure(model, protected, prompts).loss, measure(model, noisy, prompts).loss)
+        assert is_above_zero(gain), f"E1: {gain}"
+    tuning = mean_difference(measure(model, images, empty).loss, measure(model, images, tuned).loss)
+    assert is_above_zero(tuning), f"E2: {tuning}"
+    drained = mean_difference(measure(model, blind, empty).attention, measure(model, protected, empty).attention)
+    assert is_above_zero(drained), f"E3: {drained}"
