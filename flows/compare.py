@@ -33,7 +33,24 @@ class ComparisonIncomplete(PipelineError):
     """Some methods have no numbers; the others are reported."""
 
 
-@app.command("compare")
+_HELP = (
+    "Protect the same subjects with several methods, attack all of them alike, and print one table.\n\n"
+    "Every method protects the training photos of every subject. An attacker then customizes a model on them, or edits "
+    "them, without and with each purifier, and does the same with the clean photos. A method's [bold]effect[/bold] is "
+    "the share of the attacker's gain that it prevents: 0 is nothing, 1 is all. What counts is the worst case over the "
+    "purifiers. Read it beside two controls: noise, of the same budget, which a method must beat, and noise@96, which "
+    "destroys the photos and must show a large effect, or the attack measures nothing.\n\n"
+    "Writes comparison.json (every number), .csv, .md (the table), .png (effect against visibility) and sheet.png "
+    "(pictures, of the originals too) into the folder. Every result is stored by itself, under a name that follows "
+    "from all that decides it: run the same command again to go on after a stop, or with further methods, purifiers or "
+    "subjects to add only those. A method that fails is a row with its reason, and the exit code is 1.\n\n"
+    "Example: fixative compare --photos subjects.parquet --out comparison --methods mist,advdm:paper,noise,noise@96 "
+    "--purifiers jpeg75,gridpure-quick --attacks dreambooth,sdedit-0.5-quick --against noise\n\n"
+    "Ablation: a --methods-file with the row {name: mist, label: mist without fusion, overrides: {steps: 50}}."
+)
+
+
+@app.command("compare", help=_HELP)
 def compare(
     photos: Annotated[
         Path,
@@ -45,7 +62,7 @@ def compare(
     ],
     methods: Annotated[
         str,
-        _what("--methods", help="name[:preset][@levels], between commas. See `fixative methods`."),
+        _what("--methods", help=r"name\[:preset]\[@levels], between commas; see `fixative methods`."),
     ] = "",
     methods_file: Annotated[
         Path | None,
@@ -53,49 +70,36 @@ def compare(
     ] = None,
     eps: Annotated[float, _what("--eps", help="Budget in 8-bit levels of methods without @levels.")] = 8.0,
     model: Annotated[
-        str, _what("--model", help="Diffusers folder or hub id that methods optimize against.")
-    ] = "nano-sd",
+        list[str] | None,
+        _what("--model", help="What methods optimize against, as latent=FOLDER; repeatable. (Else the embedded ones.)"),
+    ] = None,
     subjects: Annotated[str, _what("--subjects", help="A number, the first in alphabetical order; or names.")] = "6",
     against: Annotated[
         str | None,
-        _what("--against", help="A method's label: adds the difference of worst-case effects to its."),
+        _what("--against", help="A method of these: the others' effects less its own, with intervals."),
     ] = None,
     attacks: Annotated[
         str,
-        _attack("--attacks", help="Customizers as name[:preset], and editors. See `attack list`."),
+        _attack("--attacks", help=r"Customizers as name\[:preset], editors; see `fixative attack list`."),
     ] = "dreambooth",
     purifiers: Annotated[
-        str, _attack("--purifiers", help="Tried beside none, between commas. See `attack list`.")
+        str, _attack("--purifiers", help="Tried beside none, between commas; see `fixative attack list`.")
     ] = "",
     overrides: Annotated[
         list[str] | None,
-        _attack("--set", help="A field of the customizers, as name=value; repeatable."),
+        _attack("--set", help="A field of the customizers, as steps=100; repeatable."),
     ] = None,
     generated: Annotated[int, _attack("--generated", help="Images drawn from each customized model.", min=1)] = 8,
     train: Annotated[int, _attack("--train", help="Photos per subject to protect and train on, at most.", min=1)] = 4,
     attack_model: Models = None,
     seed: Annotated[int, _how("--seed", help="Of all random draws.", min=0)] = 0,
     workers: Annotated[
-        int | None, _how("--workers", help="Processes of one thread. [default: one per core]", min=1)
+        int | None, _how("--workers", help="Processes of one thread. (Default: one per core.)", min=1)
     ] = None,
     device: Annotated[str, _how("--device", help="cpu or cuda.")] = "cpu",
     dry_run: Annotated[bool, _how("--dry-run", help="Say how much is to do and what is stored.")] = False,
 ) -> None:
-    """Protect the same subjects with several methods, attack all of them alike, and print one table.
-
-    The training photos of every subject are protected by every method. Then an attacker customizes a model on them, or
-    edits them, without and with each purifier, and does the same to the clean photos. A method's [bold]effect[/bold] is
-    the share of the attacker's gain that it prevents: 0 nothing, 1 all. It counts after the purifier that suits the
-    attacker best (worst). Read it beside noise, the control of equal budget, and noise@96, which destroys the photos:
-    a method that is not better than noise does nothing.
-
-    Writes comparison.json (every number), .csv, .md (the table), .png (effect against visibility) and sheet.png
-    (pictures) into OUT. Results are stored one by one under names that follow from all that decides them: run the same
-    command again to go on after a stop, or with further methods, purifiers or subjects to add only those.
-
-    Example: fixative compare --photos subjects.parquet --out comparison --methods mist,advdm:paper,noise,noise@96
-    --purifiers jpeg75,gridpure-quick --attacks dreambooth,sdedit-0.5-quick --subjects 6 --against noise
-    """
+    """Protects, attacks, prints the tables and writes the files."""
     from pipeline.compare.methods import check_label, parse_methods, read_methods
     from pipeline.compare.plan import Settings, plan_comparison
     from pipeline.compare.store import Results
@@ -112,7 +116,7 @@ def compare(
             overrides=overrides_of(overrides) or {},
             generated=generated,
             eps_levels=eps,
-            model=model,
+            surrogates=kinds(model),
             models=kinds(attack_model),
             device=device,
             seed=seed,

@@ -28,7 +28,8 @@ from pipeline.verify.metrics.base import Against
 from pipeline.verify.metrics.fidelity import Colour, PixelChange, Structure
 from pipeline.verify.trial import Trial, TrialBench, TrialResult, tensor
 from pipeline.worker import exit_on_device_fault
-from protectors.diffusion import load_model
+from protectors.base import ImageProtector
+from protectors.loading import load_for
 from protectors.registry import protector_class
 
 SUBJECTS = "subjects"  # names the set of photos in scores, as a shard's id does elsewhere
@@ -81,12 +82,17 @@ class Bench:
     def _protect(self, task: Protection) -> Protected:
         method, subject = task.method, task.subject
         chosen = protector_class(method.spec.name)
-        model = self._surrogate(method.model) if chosen.needs_model() else None
+        model = self._surrogate(chosen, method.model) if chosen.needs_model() else None
         protector = chosen(chosen.config_type.from_dict(method.config), model)
         originals = torch.stack([tensor(photo) for photo in subject.train])
         prompts = [PHOTO.format(subject.class_word)] * len(originals)
         started = time.process_time()
-        result = protector.protect(originals.float() / 255, prompts=prompts, seeds=self.comparison.seeds(subject))
+        result = protector.protect(
+            originals.float() / 255,
+            prompts=prompts,
+            groups=[subject.name] * len(originals),
+            seeds=self.comparison.seeds(subject),
+        )
         seconds = time.process_time() - started
         if failed := [fact.failed for fact in result.facts if fact.failed]:
             raise RuntimeError(failed[0])
@@ -97,9 +103,10 @@ class Bench:
             fidelity |= metric.score(images, Against(originals=originals))
         return Protected(photos=pixels, fidelity=fidelity, seconds=seconds)
 
-    def _surrogate(self, folder: str) -> Any:
+    def _surrogate(self, method: type[ImageProtector[Any, Any]], folder: str) -> Any:
         if folder not in self._surrogates:
-            self._surrogates[folder] = load_model(folder, device=self.comparison.settings.device)
+            device = self.comparison.settings.device
+            self._surrogates[folder] = load_for(method, folder, device=device, dtype=torch.float32)
         return self._surrogates[folder]
 
     def _customize(self, task: PlannedCustomization) -> TrialResult:

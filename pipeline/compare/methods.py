@@ -15,6 +15,7 @@ from pipeline.errors import UserError
 from pipeline.ids import fingerprint
 from pipeline.job import NO_MODEL, model_folder
 from pipeline.verify.campaign import folder_digest
+from protectors.loading import model_source
 from protectors.model_files import ModelError
 from protectors.reference import ReferenceModelError
 from protectors.registry import UnknownProtector, protector_class
@@ -45,9 +46,10 @@ class Method:
     spec: MethodSpec
     version: str
     config: Mapping[str, Any]
-    # The checkpoint that it optimizes against and the digest of its files; "" and NO_MODEL where it needs none.
-    model: str
-    digest: str
+    # Folder of the checkpoint that it optimizes against, and the digest of its files; NO_MODEL where it needs none.
+    model: str = NO_MODEL
+    digest: str = NO_MODEL
+    # Why it cannot run; None: it can.
     failed: str | None = None
 
     @property
@@ -109,13 +111,15 @@ def _row(file: Path, row: dict[str, Any]) -> MethodSpec:
     return MethodSpec(**{"label": row["name"], **row})
 
 
-def resolve_methods(specs: Sequence[MethodSpec], *, eps_levels: float, model: str) -> tuple[Method, ...]:
+def resolve_methods(
+    specs: Sequence[MethodSpec], *, eps_levels: float, surrogates: Mapping[str, str]
+) -> tuple[Method, ...]:
     """Applies presets and budgets, and finds the checkpoint.
 
     Args:
         specs: what is compared.
         eps_levels: budget of those that name none.
-        model: that methods optimize against.
+        surrogates: what methods optimize against, by kind of `protectors.loading`; else the embedded ones.
 
     Raises:
         UserError: an unknown method, preset or field, a value that cannot work, or the same twice. A checkpoint
@@ -124,7 +128,7 @@ def resolve_methods(specs: Sequence[MethodSpec], *, eps_levels: float, model: st
     labels = [spec.label for spec in specs]
     if repeated := [label for label in labels if labels.count(label) > 1]:
         raise UserError(f"two methods are called {repeated[0]!r}: give one of them another label")
-    methods = tuple(_resolve(spec, eps_levels, model) for spec in specs)
+    methods = tuple(_resolve(spec, eps_levels, surrogates) for spec in specs)
     same: dict[str, str] = {}
     for method in methods:
         other = same.setdefault(fingerprint(method.identity()), method.label)
@@ -133,7 +137,7 @@ def resolve_methods(specs: Sequence[MethodSpec], *, eps_levels: float, model: st
     return methods
 
 
-def _resolve(spec: MethodSpec, eps_levels: float, model: str) -> Method:
+def _resolve(spec: MethodSpec, eps_levels: float, surrogates: Mapping[str, str]) -> Method:
     try:
         chosen = protector_class(spec.name)
     except UnknownProtector as error:
@@ -145,13 +149,17 @@ def _resolve(spec: MethodSpec, eps_levels: float, model: str) -> Method:
         config = chosen.presets[spec.preset].replace(**{"eps_levels": float(budget), **spec.overrides})
     except (ValueError, TypeError) as error:
         raise UserError(f"method {spec.label!r}: {error}") from error
-    method = Method(spec=spec, version=chosen.version, config=config.to_dict(), model="", digest=NO_MODEL)
+    method = Method(spec=spec, version=chosen.version, config=config.to_dict())
     if not chosen.needs_model():
         return method
     try:
-        folder = model_folder(model)
+        source = model_source(chosen)
+        name = surrogates.get(source.kind, source.embedded)
+        if name is None:
+            raise ModelError(f"it attacks {source.form} models and none is embedded: give --model {source.kind}=FOLDER")
+        folder = model_folder(name)
     except (ModelError, ReferenceModelError) as error:
-        return replace(method, model=model, failed=str(error))
+        return replace(method, failed=str(error))
     return replace(method, model=folder, digest=folder_digest(Path(folder)))
 
 

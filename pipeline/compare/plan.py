@@ -24,7 +24,7 @@ from pipeline.verify.purifiers import PURIFIERS, check_purifiers
 from pipeline.verify.scores import NO_PURIFIER, Cell
 from pipeline.verify.trial import GENERATED, Attack, cells_of, needs_protected
 from protectors.model_files import ModelError, model_base_size
-from protectors.reference import NANO_EMBED, NANO_SD, ReferenceModelError, reference_path
+from protectors.reference import NANO_EMBED, ReferenceModelError, reference_path
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,8 +50,8 @@ class Settings:
     edit_prompt: str = "a painting"
     # Budget in 8-bit levels of methods that name none.
     eps_levels: float = 8.0
-    # What methods optimize against.
-    model: str = NANO_SD
+    # What methods optimize against, by kind (latent, pixel, inpaint); else the embedded ones.
+    surrogates: Mapping[str, str] = field(default_factory=dict)
     # The attacker's, by kind; else the embedded ones.
     models: Mapping[str, str] = field(default_factory=dict)
     device: str = "cpu"
@@ -229,7 +229,7 @@ def plan_comparison(settings: Settings) -> Comparison:
     subjects = read_subjects(settings.photos, side, settings.subjects, train=settings.train)
     return Comparison(
         settings=settings,
-        methods=resolve_methods(settings.methods, eps_levels=settings.eps_levels, model=settings.model),
+        methods=resolve_methods(settings.methods, eps_levels=settings.eps_levels, surrogates=settings.surrogates),
         attacks=attacks,
         subjects=subjects,
         models=models,
