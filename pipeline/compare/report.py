@@ -171,8 +171,8 @@ def markdown(found: Findings) -> str:
     settings, attacker = comparison.settings, comparison.models[ModelKind.LATENT]
     text = [
         f"{len(comparison.subjects)} subjects of at most {settings.train} protected photos, {comparison.side} pixels; "
-        f"attacked with `{attacker}`. Numbers under none, a purifier or worst are effects: the share of the attack's gain "
-        "that is prevented, with 95 % interval over subjects; worst is the smallest of them. Time is relative to the "
+        f"attacked with `{attacker}`. Numbers under none, a purifier or worst are effects: the share of the attack's "
+        "gain that is prevented, with 95 % interval over subjects; worst is the smallest of them. Time is relative to the "
         "first method."
     ]
     for attack in comparison.attacks:
