@@ -80,7 +80,7 @@ def protect(
     ] = None,
     model: Annotated[
         str | None,
-        option("--model", panel=METHOD, help="Diffusers folder or hub id. [default: nano-sd, embedded, a laboratory]"),
+        option("--model", panel=METHOD, help="Diffusers folder or hub id. [default: an embedded one, a laboratory]"),
     ] = None,
     precision: Annotated[
         str | None, option("--precision", panel=METHOD, help="float32 or bfloat16 networks. [default: float32]")
