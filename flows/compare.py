@@ -102,6 +102,7 @@ def compare(
     """Protects, attacks, prints the tables and writes the files."""
     from pipeline.compare.methods import check_label, parse_methods, read_methods
     from pipeline.compare.plan import Settings, plan_comparison
+    from pipeline.compare.run import run_comparison
     from pipeline.compare.store import Results
 
     specs = [*parse_methods(methods), *(read_methods(methods_file) if methods_file is not None else [])]
@@ -129,7 +130,7 @@ def compare(
         _show_plan(comparison, results)
         return
     with shown_on(console):
-        failed = _run(comparison, results, workers or os.cpu_count() or 1)
+        failed = run_comparison(comparison, results, observer(), workers=workers or os.cpu_count() or 1)
     if len(failed) == len(comparison.methods):
         raise UserError("; ".join(f"{label}: {reason}" for label, reason in failed.items()))
     found = _report(comparison, results, failed, against)
@@ -155,29 +156,6 @@ def _show_plan(comparison: Comparison, results: Results) -> None:
     for method in comparison.methods:
         if method.failed is not None:
             console.print(f"{method.label} cannot run: {method.failed}", style="yellow", markup=False)
-
-
-def _run(comparison: Comparison, results: Results, workers: int) -> dict[str, str]:
-    """Does what is not stored yet; returns the methods that have failed, with the reason."""
-    from pipeline.compare.bench import workbench
-
-    failed = {method.label: method.failed for method in comparison.methods if method.failed is not None}
-    with workbench(comparison, results.folder, workers=workers) as run:
-        protections = comparison.protections()
-        stored = results.protections()
-        missing = [task for task in protections if task.key not in stored]
-        observer().step("protect", len(protections), len(protections) - len(missing))
-        for done in run(missing):
-            if done.error is not None:
-                failed.setdefault(done.method, done.error)
-            observer().advance(1, done.label)
-        trials = comparison.trials([item for item in protections if item.method.label not in failed])
-        stored = results.trials()
-        open_trials = [task for task in trials if task.key not in stored]
-        observer().step("attack", len(trials), len(trials) - len(open_trials))
-        for done in run(open_trials):
-            observer().advance(1, done.label)
-    return failed
 
 
 def _report(comparison: Comparison, results: Results, failed: dict[str, str], against: str | None) -> Findings:

@@ -172,8 +172,8 @@ def markdown(found: Findings) -> str:
     text = [
         f"{len(comparison.subjects)} subjects of at most {settings.train} protected photos, {comparison.side} pixels; "
         f"attacked with `{attacker}`. Numbers under none, a purifier or worst are effects: the share of the attack's "
-        "gain that is prevented, with 95 % interval over subjects; worst is the smallest of them. Time is relative to the "
-        "first method."
+        "gain that is prevented, with 95 % interval over subjects; worst is the smallest of them. Time is relative to "
+        "the first method."
     ]
     for attack in comparison.attacks:
         columns = header(found)
