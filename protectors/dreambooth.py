@@ -1,0 +1,208 @@
+"""DreamBooth (Ruiz et al., CVPR 2023, https://arxiv.org/abs/2208.12242) on the surrogates of a batch's subjects."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from protectors.base import Batch
+from protectors.config import PgdConfig, require
+from protectors.diffusion import DiffusionModel
+from protectors.objectives import draw, latent_denoising_loss
+from protectors.randomness import normal, streams
+from protectors.surrogate import SurrogateKind, Surrogates, group_seed
+
+_SAMPLING_STEPS = 50
+_GUIDANCE = 7.5
+_SAMPLED_TOGETHER = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SurrogateConfig(PgdConfig):
+    """Fields of methods that attack surrogates which they train by DreamBooth themselves."""
+
+    random_start: bool = False
+    # "lora" trains low-rank deltas, those of all subjects of a batch at once; "full" trains all weights, one subject
+    # after the other, which costs an optimizer's memory and needs a model in float32.
+    surrogate: SurrogateKind = "lora"
+    # Whether the attacker's text encoder is expected to be trained as well.
+    train_text_encoder: bool = True
+    # AdamW's. Full weights take about 1e-6; low-rank deltas need about 1000 times as much.
+    learning_rate: float = 2e-3
+    # Largest L2 norm of a surrogate's gradient.
+    clip_norm: float = 1.0
+    # Images of a subject per training step; as many class images go with them if there are any.
+    train_batch: int = 1
+    # Class images for prior preservation, drawn from the model once per class; 0 trains on the subject alone.
+    # At 512 pixels 200 of them take longer than the protection of some images.
+    prior_images: int = 0
+    # Weight of the loss on class images.
+    prior_weight: float = 1.0
+    # What the attacker calls the subject, for images that come without a prompt of their own.
+    prompt: str = "a photo of sks person"
+    # What the class images are drawn and trained under.
+    class_prompt: str = "a photo of person"
+
+    def check(self) -> None:
+        PgdConfig.check(self)
+        require(self.learning_rate > 0, "learning_rate", self.learning_rate, "use more than 0")
+        require(self.clip_norm > 0, "clip_norm", self.clip_norm, "use more than 0")
+        require(self.train_batch >= 1, "train_batch", self.train_batch, "use 1 or more")
+        require(self.prior_images >= 0, "prior_images", self.prior_images, "use 0 (no class images) or more")
+        require(self.prior_weight >= 0, "prior_weight", self.prior_weight, "use 0 or more")
+
+
+class DreamBooth:
+    """Trains one surrogate per subject on the subject's images.
+
+    L = L_ldm(images of the subject; "a photo of sks person") + w L_ldm(images of the class; "a photo of person"),
+    equation 2 of the paper. Every subject goes through its images in its own shuffled order, which goes on from one
+    block of steps to the next, so that no image is left out however short the blocks are.
+
+    Args:
+        surrogates: one per group of the batch, in the order of ``batch.groups``.
+        batch: the subjects' images, places and prompts.
+        config: batch size, rate, clipping, prompts.
+        class_latents: ``(N, C, h, w)``; None trains without class images.
+    """
+
+    def __init__(
+        self, surrogates: Surrogates, batch: Batch, config: SurrogateConfig, class_latents: Tensor | None = None
+    ) -> None:
+        self.surrogates, self.batch, self.config = surrogates, batch, config
+        self._class_latents = class_latents
+        subjects = range(len(batch.groups))
+        self._owner_of_row = [subject for subject in subjects for _ in range(config.train_batch)]
+        seeds = subject_seeds(batch)
+        self._generators = streams(seeds, "dreambooth")
+        self._decks = [_Deck(*pair) for pair in zip(batch.groups, self._generators, strict=True)]
+        numbers = range(0 if class_latents is None else len(class_latents))
+        self._class_decks = [_Deck(numbers, generator) for generator in self._generators]
+
+    @property
+    def model(self) -> DiffusionModel:
+        return self.surrogates.model
+
+    def train(self, images: Tensor, *, steps: int, before_step: Callable[[int], None] | None = None) -> None:
+        """Trains on the images as they are now.
+
+        Args:
+            images: ``(B, 3, H, W)`` in [0, 1], in the batch's order.
+            steps: AdamW steps with new moments.
+            before_step: called with each step's number from 0, before the weights change.
+        """
+        config = self.config
+        with torch.no_grad():
+            moments = self.model.encode_moments(images)
+
+        def loss(step: int) -> Tensor:
+            if before_step is not None:
+                before_step(step)
+            return self.loss(moments)
+
+        with self.surrogates.owned(self._owner_of_row):
+            self.surrogates.fit(loss, steps=steps, rate=config.learning_rate, clip=config.clip_norm)
+
+    def loss(self, moments: tuple[Tensor, Tensor]) -> Tensor:
+        """L per surrogate ``(S,)`` at the next draws, inside ``owned`` of a training step's rows.
+
+        Args:
+            moments: of the VAE's posterior of the batch's images.
+        """
+        rows = [self._decks[owner].deal() for owner in self._owner_of_row]
+        generators = [self._generators[owner] for owner in self._owner_of_row]
+        draws = draw(self.model, self.batch.originals, generators)
+        mean, logvar = moments
+        latents = self.model.latents((mean[rows], logvar[rows]), draws.posterior)
+        embeddings = self.surrogates.embed([self.prompts[row] for row in rows])
+        loss = self._per_subject(latent_denoising_loss(self.model, latents, embeddings, draws))
+        if self._class_latents is None:
+            return loss
+        latents = self._class_latents[[self._class_decks[owner].deal() for owner in self._owner_of_row]]
+        embeddings = self.surrogates.embed([self.config.class_prompt] * len(rows))
+        draws = draw(self.model, self.batch.originals, generators)
+        prior = self._per_subject(latent_denoising_loss(self.model, latents, embeddings, draws))
+        return loss + self.config.prior_weight * prior
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """What each image of the batch is trained and attacked under."""
+        return self.batch.prompts or (self.config.prompt,) * len(self.batch.seeds)
+
+    @contextmanager
+    def attacked(self, places: Sequence[int] | None = None) -> Iterator[Tensor]:
+        """Within it the model takes the images at these places, each with its subject's surrogate.
+
+        Args:
+            places: in the batch, one per row; None is the whole batch.
+
+        Yields:
+            Embeddings of the images' prompts ``(B, L, D)``, without graph.
+        """
+        places = range(len(self.batch.seeds)) if places is None else places
+        owners = {place: subject for subject, group in enumerate(self.batch.groups) for place in group}
+        with self.surrogates.owned([owners[place] for place in places]):
+            with torch.no_grad():
+                embeddings = self.surrogates.embed([self.prompts[place] for place in places])
+            yield embeddings
+
+    def _per_subject(self, losses: Tensor) -> Tensor:
+        return losses.view(-1, self.config.train_batch).mean(1)
+
+
+class _Deck:
+    """Deals every card once in random order, then all of them again in a new one."""
+
+    def __init__(self, cards: Sequence[int], generator: torch.Generator) -> None:
+        self._cards, self._generator = cards, generator
+        self._left: list[int] = []
+
+    def deal(self) -> int:
+        if not self._left:
+            order = torch.randperm(len(self._cards), generator=self._generator)
+            self._left = [self._cards[number] for number in order]
+        return self._left.pop()
+
+
+def subject_seeds(batch: Batch) -> list[int]:
+    """One number per group that its own draws follow from."""
+    return [group_seed([batch.seeds[place] for place in group]) for group in batch.groups]
+
+
+@torch.no_grad()
+def draw_class_latents(model: DiffusionModel, prompt: str, shape: tuple[int, int, int], count: int) -> Tensor:
+    """Scaled latents ``(count, C, h, w)`` of images that the model draws itself; always the same ones.
+
+    50 DDIM steps with guidance 7.5. The published way decodes them and encodes the picture again; here they are
+    trained on as they are.
+    """
+    from diffusers import DDIMScheduler
+
+    abar = model.alphas_cumprod.double().cpu()
+    betas = 1 - abar / torch.cat([torch.ones(1, dtype=torch.float64), abar[:-1]])
+    scheduler = DDIMScheduler(
+        num_train_timesteps=len(betas),
+        trained_betas=betas.tolist(),
+        prediction_type=model.prediction_type,
+        clip_sample=False,
+        timestep_spacing="trailing",
+    )
+    scheduler.set_timesteps(_SAMPLING_STEPS, device=model.device)
+    embeddings = torch.split(model.embed_prompts([prompt, ""]), 1)
+    drawn = []
+    for generators in _chunks(streams(range(count), "class images")):
+        latents = normal(generators, shape).to(model.device)
+        for t in scheduler.timesteps:
+            times = t.expand(len(latents))
+            guided, free = (model.predict(latents, times, states.expand(len(times), -1, -1)) for states in embeddings)
+            latents = scheduler.step(free + _GUIDANCE * (guided - free), t, latents).prev_sample
+        drawn.append(latents)
+    return torch.cat(drawn)
+
+
+def _chunks(generators: Sequence[torch.Generator]) -> list[Sequence[torch.Generator]]:
+    return [generators[low : low + _SAMPLED_TOGETHER] for low in range(0, len(generators), _SAMPLED_TOGETHER)]

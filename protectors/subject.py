@@ -1,0 +1,103 @@
+"""What methods share that train surrogates on all images of a subject while they perturb them."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from functools import lru_cache
+from itertools import count
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from protectors.base import Batch, ImageProtector
+from protectors.diffusion import DiffusionModel
+from protectors.dreambooth import DreamBooth, SurrogateConfig, draw_class_latents, subject_seeds
+from protectors.objectives import draw, latent_denoising_loss
+from protectors.pgd import PgdPlan, Progress, pgd, uniform_start
+from protectors.randomness import streams
+from protectors.surrogate import make_surrogates
+
+SurrogateConfigT = TypeVar("SurrogateConfigT", bound=SurrogateConfig)
+SubjectLoss = Callable[[Tensor, Tensor], Tensor]
+"""(images ``(B, 3, H, W)``, prompt embeddings ``(B, L, D)``) -> one loss per image ``(B,)``, at new draws."""
+
+# Class images are drawn anew for a size or after this many sizes.
+_SIZES_KEPT = 4
+
+
+class SubjectProtector(ImageProtector[SurrogateConfigT, DiffusionModel]):
+    """Base of the methods on DreamBooth surrogates; a subclass writes ``_attack``.
+
+    The subjects of a batch are attacked together with low-rank surrogates, else one after the other.
+    """
+
+    model_type = DiffusionModel
+
+    def __init__(self, config: SurrogateConfigT, model: DiffusionModel) -> None:
+        super().__init__(config, model)
+        self._class_latents = lru_cache(_SIZES_KEPT)(self._draw_class_latents)
+
+    @abstractmethod
+    def _attack(self, school: DreamBooth, tick: Callable[[], None]) -> Tensor:
+        """The perturbed images of ``school.batch``; calls ``tick`` after each sign step."""
+
+    def _perturb(self, batch: Batch, progress: Progress | None) -> Tensor:
+        together = self.config.surrogate == "lora"
+        parts = [tuple(range(len(batch.seeds)))] if together else batch.groups
+        perturbed = torch.empty_like(batch.originals)
+        done = count(1)
+
+        def tick() -> None:
+            if progress is not None:
+                progress(next(done), self.steps * len(parts))
+
+        for places in parts:
+            perturbed[list(places)] = self._perturb_part(batch.part(places), tick)
+        return perturbed
+
+    def _perturb_part(self, batch: Batch, tick: Callable[[], None]) -> Tensor:
+        config = self.config
+        # Before there are surrogates: the unchanged model draws the class images.
+        prior = self._class_latents(self.model.latent_shape(batch.originals)) if config.prior_images else None
+        seeds = subject_seeds(batch)
+        with make_surrogates(
+            config.surrogate, self.model, seeds, train_text_encoder=config.train_text_encoder
+        ) as surrogates:
+            return self._attack(DreamBooth(surrogates, batch, config, prior), tick)
+
+    def _draw_class_latents(self, shape: tuple[int, int, int]) -> Tensor:
+        return draw_class_latents(self.model, self.config.class_prompt, shape, self.config.prior_images)
+
+    def _start(self, batch: Batch) -> Tensor:
+        """Where the perturbed images begin."""
+        if not self.config.random_start:
+            return batch.originals
+        generators = streams(batch.seeds, f"{self.name}/start")
+        return batch.originals + uniform_start(batch.originals, self.config.eps_levels, generators)
+
+    def _climb(self, school: DreamBooth, images: Tensor, loss: SubjectLoss, tick: Callable[[], None]) -> Tensor:
+        """``config.steps`` sign steps up the loss under the surrogates as they are, in the originals' ball."""
+        batch, config = school.batch, self.config
+        plan = PgdPlan(eps_levels=config.eps_levels, step_levels=config.step_levels, steps=config.steps, ascend=True)
+        with school.attacked() as embeddings:
+            return pgd(
+                lambda current, _: loss(current, embeddings),
+                batch.originals,
+                plan,
+                start=images - batch.originals,
+                masks=batch.masks,
+                progress=lambda *_: tick(),
+            )
+
+    def _objective(self, images: Tensor, batch: Batch) -> Tensor:
+        generators = streams(batch.seeds, f"{self.name}/evaluation")
+        embeddings = self.model.embed_prompts(batch.prompts or (self.config.prompt,) * len(batch.seeds))
+        moments = self.model.encode_moments(images)
+        losses = []
+        for _ in range(self.config.eval_draws):
+            draws = draw(self.model, images, generators)
+            latents = self.model.latents(moments, draws.posterior)
+            losses.append(latent_denoising_loss(self.model, latents, embeddings, draws))
+        return torch.stack(losses).mean(0)
