@@ -273,7 +273,7 @@ def demo(
     ] = True,
 ) -> None:
     """Build a small archive of real photographs, protect it, attack it, and draw what came of it."""
-    from flows.demo import build_archive, contact_sheet, discard_other_demo
+    from flows.demo import ATTACK, build_archive, contact_sheet, discard_other_demo
 
     archive, protected = build_archive(out / "archive"), out / "protected"
     config = job_config(None, {"source": str(archive), "destination": str(protected), "job.method.name": method})
@@ -282,7 +282,7 @@ def demo(
     outcome = run_job(config)
     sheet = contact_sheet(outcome.job, out / "contact-sheet.png")
     if attacked:
-        quick = {"destination": str(protected), "attack.groups": 1, "attack.edited": 2}
+        quick = {"destination": str(protected), **{f"attack.{name}": value for name, value in ATTACK.items()}}
         run_verification(settings(VerifyConfig, None, quick), out / "report")
     show.demo(console, outcome, archive, sheet)
 

@@ -7,7 +7,9 @@ import json
 import shutil
 import tarfile
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +32,22 @@ from protectors.reference.data import Photos
 Pixels = npt.NDArray[np.uint8]
 
 CROP = 256
+# Photographs that stand for subjects, each with the word for what is on it, and how many crops there are of each:
+# four to customize a model on, three to compare with. Only such as nano-sd learns with the settings of ATTACK: on clean
+# crops similarity goes from 0.33 to 0.70 of 0.84 (motorcycle), from 0.48 to 0.62 of 0.79 (flower).
+SUBJECTS = {"motorcycle": "motorcycle", "flower": "flower"}
+CROPS = 7
+# Sides of a subject's crops, as shares of the photograph's shorter side: the subject stays in the picture.
+WIDEST, CLOSEST = 0.95, 0.7
+ATTACK: Mapping[str, Any] = {
+    "groups": 1,
+    "edited": 2,
+    "subject_column": "subject",
+    "class_column": "subject_class",
+    # Half of what `quick` draws and trains on at a time, and as many updates: with fewer it learns no subject.
+    "customizer_overrides": {"batch": 2, "prior_images": 16},
+}
+"""What the demo's verification tries, as settings of `AttackSettings`."""
 CELL = 192
 SHOWN = 6
 AMPLIFY = 8
@@ -38,7 +56,8 @@ AMPLIFY = 8
 def build_archive(folder: Path) -> Path:
     """Writes the archive, three shards of three kinds; does nothing where it is already.
 
-    Among its 29 assets are a truncated JPEG, a CMYK JPEG, an RGBA PNG, and a 16-bit image.
+    Among its 33 assets are a truncated JPEG, a CMYK JPEG, an RGBA PNG, and a 16-bit image. The Parquet file names
+    subjects: crops of one photograph each, which are easier to learn than several photographs of one subject.
     """
     done = _mark(folder)
     if done.exists() and folder.exists():
@@ -110,12 +129,11 @@ def _save(path: Path, image: Image.Image) -> None:
 def _write_parquet(path: Path, photos: dict[str, Pixels]) -> None:
     """Crops as a Hugging Face dataset has them, with the customer's own columns."""
     rows = []
-    for name in ("astronaut", "cat", "coffee", "china", "flower"):
-        for number, crop in enumerate(_crops(photos[name], 2)):
+    for name, kind in SUBJECTS.items():
+        for number, crop in enumerate(_views(photos[name], CROPS)):
             picture = {"bytes": _jpeg(crop), "path": f"{name}-{number}.jpg"}
-            rows.append(
-                {"asset_id": f"crop-{name}-{number}", "image": picture, "caption": f"a crop of {name}", "price": 9.5}
-            )
+            about = {"caption": f"a crop of {name}", "subject": name, "subject_class": kind, "price": 9.5}
+            rows.append({"asset_id": f"crop-{name}-{number}", "image": picture, **about})
     pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=6)
 
 
@@ -138,6 +156,18 @@ def _crops(pixels: Pixels, count: int) -> list[Pixels]:
     tops = np.linspace(0, height - side, count).astype(int)
     lefts = np.linspace(0, width - side, count).astype(int)
     return [pixels[top : top + side, left : left + side] for top, left in zip(tops, lefts, strict=True)]
+
+
+def _views(pixels: Pixels, count: int) -> list[Pixels]:
+    """Square crops at several places, from wide to close."""
+    height, width = pixels.shape[:2]
+    sides = (np.linspace(WIDEST, CLOSEST, count) * min(height, width)).astype(int)
+    views = []
+    for number, side in enumerate(sides):
+        # Two heights and three places from left to right: six combinations before one comes again.
+        top, left = (height - side) * (number % 2), (width - side) * (number % 3) // 2
+        views.append(pixels[top : top + side, left : left + side])
+    return views
 
 
 def _jpeg(pixels: Pixels) -> bytes:
