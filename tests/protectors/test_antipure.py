@@ -133,15 +133,6 @@ def test_the_transform_is_that_of_scipy(norm: DctNorm) -> None:
         assert (coefficients**2).sum() == pytest.approx((patch**2).sum())
 
 
-def test_a_perfect_estimate_leaves_nothing_to_the_denoising_loss(model: PixelModel) -> None:
-    """lambda = 0 is the mean squared error of the noise, and nothing else."""
-    draws, tiles = tile_draws(), torch.rand(4, 3, SIDE, SIDE) * 2 - 1
-    with torch.no_grad():
-        noisy = model.add_noise(tiles, draws.noise, draws.t)
-        expected = (model.predict_noise(noisy, draws.t) - draws.noise).square().flatten(1).mean(1)
-        assert torch.equal(method(model, lambda1=0, lambda2=0).tile_losses(tiles, draws), expected)
-
-
 # --- Frequency guidance
 
 
