@@ -19,11 +19,13 @@ _PROTECTORS = {
     "aspl": "protectors.aspl:ASPL",
     "diffusion_guard": "protectors.diffusion_guard:DiffusionGuard",
     "fsmg": "protectors.fsmg:FSMG",
+    "metacloak": "protectors.metacloak:MetaCloak",
     "mist": "protectors.mist:Mist",
     "noise": "protectors.noise:Noise",
     "photoguard": "protectors.photoguard:PhotoGuard",
     "pid": "protectors.pid:PID",
     "sds": "protectors.sds:SDS",
+    "simac": "protectors.simac:SimAC",
 }
 
 

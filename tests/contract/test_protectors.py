@@ -48,13 +48,30 @@ SMALL: dict[str, dict[str, Any]] = {
         "eval_draws": 2,
     },
     "fsmg": {"steps": 2, "training_steps": 1, "step_levels": 8.0, "eval_draws": 2},
-    "diffusion_guard": {"steps": 3, "step_levels": 8.0, "eval_draws": 2},
+    "diffusion_guard": {"steps": 4, "step_levels": 4.0, "eval_draws": 2},
+    "metacloak": {
+        "training_steps": 2,
+        "rounds": 1,
+        "steps": 1,
+        "unroll_steps": 1,
+        "step_levels": 8.0,
+        "eval_draws": 2,
+    },
     "mist": {"steps": 4, "eval_draws": 2},
     "noise": {},
     "photoguard": {"steps": 4},
     "pid": {"steps": 4},
+    "simac": {
+        "rounds": 2,
+        "steps": 1,
+        "clean_steps": 1,
+        "perturbed_steps": 1,
+        "selection_rounds": 1,
+        "step_levels": 8.0,
+        "eval_draws": 2,
+    },
     # Starts at the original: the steps must be able to reach every budget of the table.
-    "sds": {"steps": 4, "step_levels": 8.0, "eval_draws": 2},
+    "sds": {"steps": 4, "step_levels": 4.0, "eval_draws": 2},
 }
 FAKE = "protectors.fake:FakeProtector"
 NAMES = [*protector_names(), FAKE]
