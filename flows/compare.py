@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -146,13 +147,16 @@ def _names(text: str) -> tuple[str, ...]:
 
 def _show_plan(comparison: Comparison, results: Results) -> None:
     protections = comparison.protections()
-    trials = comparison.trials(protections)
-    for name, tasks, stored in (
-        ("protections of a subject", protections, results.protections()),
-        ("trials", trials, results.trials()),
-    ):
-        done = sum(task.key in stored for task in tasks)
-        console.print(f"{name}: {len(tasks) - done} to run, {done} stored", highlight=False)
+    stored = results.protections()
+    done = sum(item.key in stored for item in protections)
+    console.print(f"protections of a subject: {len(protections) - done} to run, {done} stored", highlight=False)
+    trials, stored = comparison.trials(protections), results.trials()
+    for attack in comparison.attacks:
+        own = [trial.key for trial in trials if trial.attack == attack]
+        seconds = [results.seconds(key) for key in own if key in stored]
+        missing = len(own) - len(seconds)
+        cost = f", about {missing * fmean(seconds) / 3600:.1f} hours of one core" if seconds and missing else ""
+        console.print(f"trials of {attack.label}: {missing} to run{cost}, {len(seconds)} stored", highlight=False)
     for method in comparison.methods:
         if method.failed is not None:
             console.print(f"{method.label} cannot run: {method.failed}", style="yellow", markup=False)
