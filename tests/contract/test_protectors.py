@@ -70,8 +70,9 @@ SMALL: dict[str, dict[str, Any]] = {
         "step_levels": 8.0,
         "eval_draws": 2,
     },
-    # Starts at the original: the steps must be able to reach every budget of the table.
-    "sds": {"steps": 4, "step_levels": 4.0, "eval_draws": 2},
+    # Starts at the original: the steps must be able to reach every budget of the table. With a target, because random
+    # weights know no score.
+    "sds": {"steps": 4, "step_levels": 4.0, "eval_draws": 2, "target_weight": 5.0},
 }
 FAKE = "protectors.fake:FakeProtector"
 NAMES = [*protector_names(), FAKE]

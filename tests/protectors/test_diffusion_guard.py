@@ -195,6 +195,13 @@ def test_empty_and_full_masks(model: InpaintingModel, images: Tensor) -> None:
     assert [fact.failed for fact in result.facts] == [None, None]
 
 
+def test_norm_rises_for_every_image(model: InpaintingModel, images: Tensor, masks: Tensor) -> None:
+    config = DiffusionGuardConfig(steps=6, step_levels=4.0, eval_draws=4)
+    for given in (masks, None):
+        for fact in DiffusionGuard(config, model).protect(images, masks=given, seeds=[1, 2]).facts:
+            assert fact.objective_after > fact.objective_before + 0.5
+
+
 def test_presets_are_the_published_numbers() -> None:
     paper = DiffusionGuard.presets["paper"]
     assert (paper.eps_levels, paper.step_levels, paper.steps) == (16 / 2, 1 / 2, 800)
