@@ -34,7 +34,7 @@ Pixels = npt.NDArray[np.uint8]
 CROP = 256
 # Photographs that stand for subjects, each with the word for what is on it, and how many crops there are of each:
 # four to customize a model on, three to compare with. Only such as nano-sd learns with the settings of ATTACK: on clean
-# crops similarity goes from 0.33 to 0.70 of 0.84 (motorcycle), from 0.48 to 0.62 of 0.79 (flower).
+# crops similarity goes from 0.33 to 0.81 of 0.84 (motorcycle), from 0.48 to 0.68 of 0.79 (flower).
 SUBJECTS = {"motorcycle": "motorcycle", "flower": "flower"}
 CROPS = 7
 # Sides of a subject's crops, as shares of the photograph's shorter side: the subject stays in the picture.
@@ -44,8 +44,9 @@ ATTACK: Mapping[str, Any] = {
     "edited": 2,
     "subject_column": "subject",
     "class_column": "subject_class",
-    # Half of what `quick` draws and trains on at a time, and as many updates: with fewer it learns no subject.
-    "customizer_overrides": {"batch": 2, "prior_images": 16},
+    # Of `quick` half the batch and the class images, and three quarters of the updates. After 100 the motorcycle is
+    # half learnt, which is the least with which an attack counts as one.
+    "customizer_overrides": {"steps": 150, "batch": 2, "prior_images": 16},
 }
 """What the demo's verification tries, as settings of `AttackSettings`."""
 CELL = 192

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import yaml
+from prefect.artifacts import Artifact
 
 from pipeline.config import VerifyConfig
 from pipeline.decode import DecodeLimits
 from pipeline.errors import IntegrityError, UserError
 from pipeline.plan import Shard
+from pipeline.shard_index import schema_to_text
 from pipeline.storage import StorageOptions, open_store
 from pipeline.verify.campaign import Campaign, Target, folder_digest, plan_campaign
 from pipeline.verify.editors.drawn_cases import write_case_set
@@ -106,6 +110,13 @@ def test_a_report_of_every_cell(archive: Path, tiny: Path, tmp_path: Path) -> No
     assert "data:image/png" not in (folder / "report.html").read_text()
     local = (tmp_path / "report" / "report.html").read_text()
     assert local.count("data:image/png") >= 2 * 8 + 2 * 6
+    for table in (customization, editing):
+        for unit in table["unit_residuals"]["none"]:
+            assert re.search(rf'<a href="#picture-\d+">{re.escape(unit)}</a>', local), unit
+    # Prefect shows what anybody can make from the published archive.
+    shown = Artifact.get("verify-pictures")
+    assert shown is not None
+    assert str(shown.data).startswith("data:image/jpeg;base64,")
     # Once more: it finds everything stored and runs nothing.
     again = fixative("verify", archive, "-c", config, "--out", tmp_path / "elsewhere")
     assert again.code == 0, again
@@ -129,6 +140,7 @@ def test_a_report_of_every_cell(archive: Path, tiny: Path, tmp_path: Path) -> No
         (["--editor", "inpaint"], ["no inpaint model given"]),
         (["--attack-model", "pixel=/nowhere"], ["no folder '/nowhere'"]),
         (["--groups", "0", "--edited", "0"], ["nothing to attack"]),
+        (["--subject-column", "whom"], ["no published shard has the columns whom"]),
     ],
 )
 def test_wrong_options(archive: Path, options: list[str], words: list[str]) -> None:
@@ -228,6 +240,20 @@ def test_groups_and_images_are_dealt_out_evenly(archive: Path, tiny: Path) -> No
         for wanted, shares in ((groups, [t.groups for t in targets]), (edited, [t.edited for t in targets])):
             assert sum(shares) == wanted
             assert max(shares) - min(shares) <= 1
+
+
+def test_groups_come_from_the_shards_that_name_subjects(copy: Path, tiny: Path) -> None:
+    """An archive may hold folders of images beside its tables; edits take an image from anywhere."""
+    names = sorted(file.stem for file in (copy / "manifests").iterdir())
+    for named in names:
+        for name in names:
+            columns = pa.schema([pa.field("who", pa.string())] if name == named else [])
+            rewrite(copy / "plans" / "index" / f"{name}.json", columns=schema_to_text(columns))
+        targets = planned(copy, tiny, groups=3, edited=2, subject_column="who")[1]
+        assert {target.shard.shard_id: target.groups for target in targets if target.groups} == {named: 3}
+        assert [target.edited for target in targets] == [1, 1]
+    with pytest.raises(UserError, match="no published shard has the columns kind, who"):
+        planned(copy, tiny, subject_column="who", class_column="kind")
 
 
 def test_shards_whose_originals_were_replaced_are_left_out(copy: Path, tiny: Path) -> None:
