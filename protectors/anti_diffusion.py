@@ -125,8 +125,8 @@ class AntiDiffusion(ImageProtector[AntiDiffusionConfig, DiffusionModel]):
         ValueError: bad input or configuration. ModelError: the model is no ``DiffusionModel``, or has no
         cross-attention where the configuration looks for it.
 
-    Cost: published, 340 UNet passes forward and backward, 120 of them with weight gradients, and 60 of the encoder.
-        The full surrogate needs memory for four copies of the UNet and takes one subject at a time.
+    Cost: published, 340 UNet passes forward and backward, 100 of them with weight gradients, and 60 of the encoder.
+        The full surrogate needs memory for five copies of the UNet and takes one subject at a time.
 
     Differs from the paper: fixed ball around the original; v-prediction models use v as target in all stages;
         "fast" and "strong" train low-rank deltas. Not offered: the public code's re-centred ball (it is a larger

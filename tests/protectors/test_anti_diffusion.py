@@ -236,12 +236,12 @@ def test_prompts_are_tuned_row_by_row() -> None:
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_images_do_not_feel_their_neighbours(kind: str, models: dict[str, DiffusionModel]) -> None:
     protector = AntiDiffusion(SMALL.replace(surrogate=kind), models["v_prediction"])
-    images = pictures(3)
-    together = protector.protect(images, seeds=[4, 5, 6]).images
-    backwards = protector.protect(images.flip(0), seeds=[6, 5, 4]).images
-    for place, seed in enumerate([4, 5, 6]):
+    images = pictures(2)
+    together = protector.protect(images, seeds=[4, 5]).images
+    backwards = protector.protect(images.flip(0), seeds=[5, 4]).images
+    for place, seed in enumerate([4, 5]):
         alone = protector.protect(images[place : place + 1], seeds=[seed]).images[0]
-        for other in (together[place], backwards[2 - place]):
+        for other in (together[place], backwards[1 - place]):
             assert (alone != other).float().mean() < 0.01
     assert (together[0] - images[0] != together[1] - images[1]).float().mean() > 0.1
 
