@@ -86,6 +86,12 @@ def protect(
         str | None, option("--precision", panel=METHOD, help="float32 or bfloat16 networks. [default: float32]")
     ] = None,
     prompt: Annotated[str | None, option("--prompt", panel=METHOD, help="Caption for methods that use one.")] = None,
+    subject_column: Annotated[
+        str | None,
+        option(
+            "--subject-column", panel=METHOD, help="Names each image's subject, for methods that train on all of it."
+        ),
+    ] = None,
     seed: Annotated[int | None, option("--seed", panel=METHOD, help="Base seed. [default: 0]")] = None,
     format: Annotated[
         str | None, option("--format", panel=OUTPUT, help="png or webp (lossless), or jpeg. [default: png]")
@@ -134,6 +140,7 @@ def protect(
         "job.method.model": model,
         "job.method.precision": precision,
         "job.method.prompt": prompt,
+        "job.method.subject_column": subject_column,
         "job.seed": seed,
         "job.output.format": format,
         "job.output.resolution": resolution,

@@ -24,6 +24,8 @@ class Asset:
     # Upright sRGB at the optimizer's size, uint8 (h, w, 3). None: the optimizer decodes by itself (large images).
     view: npt.NDArray[np.uint8] | None = None
     seed: int | None = None
+    # What it shows, where the configuration names a column of subjects.
+    subject: str | None = None
     # What the optimizer found: int8 (h, w, 3) in 8-bit levels, upright, at the view's size.
     delta: npt.NDArray[np.int8] | None = None
     steps: int | None = None

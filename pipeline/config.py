@@ -60,6 +60,9 @@ class MethodSettings(_Settings):
     precision: Precision = "float32"
     # Caption used for every image by methods that condition on text. None: the method's own.
     prompt: str | None = None
+    # Column that names the subject of an image. Methods that train a surrogate (aspl, fsmg, simac, metacloak) then
+    # train one per subject on its images in the unit; sort the archive by it. None: one per image.
+    subject_column: str | None = None
 
 
 class OutputSettings(_Settings):

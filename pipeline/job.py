@@ -103,6 +103,7 @@ def resolve(config: JobConfig) -> Job:
         "method": {"name": method.name, "version": chosen.version, "config": settings.to_dict()},
         "model": digest,
         "prompt": method.prompt,
+        "subject_column": method.subject_column,
         "precision": method.precision,
         "archive": config.job.archive.model_dump(),
         "output": config.job.output.model_dump(),

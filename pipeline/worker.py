@@ -70,7 +70,20 @@ def load_units(job: Job, shard: Shard, wanted: Sequence[str]) -> Iterator[Unit]:
             travelling += view.nbytes
             asset.view = view if travelling <= TRAVELLING_BYTES else None
         attempt.finish()
+        for asset, subject in zip(unit.assets, _subjects(job, unit), strict=True):
+            asset.subject = subject
         yield unit
+
+
+def _subjects(job: Job, unit: Unit) -> Sequence[str | None]:
+    """The subject of each row; None where the configuration names no column, or the row no subject."""
+    column = job.config.job.method.subject_column
+    if column is None:
+        return [None] * len(unit.assets)
+    if column not in unit.customer.column_names:
+        known = ", ".join(unit.customer.column_names) or "none"
+        raise FatalWorkerError(f"shard {unit.shard_id} has no column {column!r} of subjects; its columns: {known}")
+    return [None if value is None else str(value) for value in unit.customer.column(column).to_pylist()]
 
 
 def optimizer_view(job: Job, asset: Asset) -> npt.NDArray[np.uint8]:
@@ -150,19 +163,23 @@ class Optimizer:
                 )
         tiles = [tile for group in groups.values() for tile in group]  # rows of a method's batch have one shape
         for group in groups.values():
-            for start in range(0, len(group), self.batch_size):
-                self._protect_tiles(group[start : start + self.batch_size], rung)
+            for batch in _batches(group, self.batch_size):
+                self._protect_tiles(batch, rung)
         for asset in assets:
             own = [tile for tile in tiles if tile.asset is asset]
             if asset.failure is None:
                 _join(asset, own)
 
     def _protect_tiles(self, tiles: Sequence[_Tile], rung: int) -> None:
-        """Protects tiles of one shape. A batch that fails is halved until the tile at fault stands alone."""
+        """Protects tiles of one shape. A batch that fails is halved until the tile at fault stands alone.
+
+        That may cut a subject in two: its images are then protected all the same, as two smaller groups.
+        """
         try:
             result = self.protectors[rung].protect(
                 _tensor([tile.pixels for tile in tiles]),
                 prompts=self._prompts(len(tiles)),
+                groups=[tile.group for tile in tiles],
                 seeds=[tile.seed for tile in tiles],
             )
         except Exception as error:  # noqa: BLE001 - whatever a method raises must not take the other images down
@@ -218,6 +235,28 @@ class _Tile:
     seed: int
     delta: npt.NDArray[np.int8] | None = None
     facts: ImageFacts | None = None
+
+    @property
+    def group(self) -> str:
+        """Tiles of one subject are one group; a tile of none is its own."""
+        if self.asset.subject is not None:
+            return f"subject {self.asset.subject}"
+        return f"row {self.asset.row} at {self.box.top}, {self.box.left}"
+
+
+def _batches(tiles: Sequence[_Tile], size: int) -> Iterator[list[_Tile]]:
+    """Batches of about this many tiles. A group is never cut: a larger one is a batch of its own."""
+    groups: dict[str, list[_Tile]] = {}
+    for tile in tiles:
+        groups.setdefault(tile.group, []).append(tile)
+    batch: list[_Tile] = []
+    for group in groups.values():
+        if batch and len(batch) + len(group) > size:
+            yield batch
+            batch = []
+        batch = batch + group
+    if batch:
+        yield batch
 
 
 def _join(asset: Asset, tiles: Sequence[_Tile]) -> None:
