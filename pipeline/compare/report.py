@@ -54,6 +54,7 @@ def _method(row: MethodResult) -> dict[str, Any]:
         **row.method.identity(),
         "failed": row.failed,
         "fidelity": None if row.fidelity is None else asdict(row.fidelity),
+        "photos": {subject: {**item.fidelity, "seconds": item.seconds} for subject, item in row.protected.items()},
         "tables": {label: table.to_dict() for label, table in row.tables.items()},
         "differences": {
             label: {name: asdict(interval) for name, interval in found.items()}
@@ -172,8 +173,8 @@ def markdown(found: Findings) -> str:
     text = [
         f"{len(comparison.subjects)} subjects of at most {settings.train} protected photos, {comparison.side} pixels; "
         f"attacked with `{attacker}`. Numbers under none, a purifier or worst are effects: the share of the attack's "
-        "gain that is prevented, with 95 % interval over subjects; worst is the smallest of them. Time is relative to "
-        "the first method."
+        "gain that is prevented, with 95 % interval over subjects; worst is the smallest of them. Processor time "
+        "is relative to the first method."
     ]
     for attack in comparison.attacks:
         columns = header(found)

@@ -9,7 +9,7 @@ from statistics import fmean, median
 import numpy as np
 
 from pipeline.compare.methods import Method
-from pipeline.compare.plan import AttackSpec, Comparison, PlannedCustomization, PlannedTrial, Protection
+from pipeline.compare.plan import AttackSpec, Comparison, PlannedCustomization, PlannedTrial
 from pipeline.compare.store import Protected, Results
 from pipeline.verify.bootstrap import Floats, Interval, Plan, Sample, figures_with_intervals, ratio
 from pipeline.verify.cells import build_tables
@@ -43,6 +43,8 @@ class MethodResult:
     method: Method
     # Why there are no numbers.
     failed: str | None = None
+    # By subject.
+    protected: dict[str, Protected] = field(default_factory=dict)
     fidelity: Fidelity | None = None
     # By the attack's label.
     tables: dict[str, Table] = field(default_factory=dict)
@@ -78,13 +80,19 @@ def gather(
     protections = [item for item in comparison.protections() if item.method.label not in failed]
     kept = {item.key: results.protected(item.key) for item in protections}
     trials = comparison.trials(protections)
+    first = {
+        item.subject.name: kept[item.key].seconds
+        for item in protections
+        if item.method.label == comparison.methods[0].label
+    }
     rows = []
     scores: dict[tuple[str, str], list[Score]] = {}
     for method in comparison.methods:
         if method.label in failed:
             rows.append(MethodResult(method=method, failed=failed[method.label]))
             continue
-        row = MethodResult(method=method, fidelity=_fidelity(method, comparison.methods[0], protections, kept))
+        own_photos = {item.subject.name: kept[item.key] for item in protections if item.method.label == method.label}
+        row = MethodResult(method=method, protected=own_photos, fidelity=_fidelity(own_photos, first))
         for attack in comparison.attacks:
             own = [score for trial in trials if _concerns(trial, attack, method) for score in results.scores(trial.key)]
             scores[method.label, attack.label] = own
@@ -113,17 +121,11 @@ def _concerns(trial: PlannedTrial, attack: AttackSpec, method: Method) -> bool:
     return trial.protection is not None and trial.protection.method.label == method.label
 
 
-def _fidelity(
-    method: Method, first: Method, protections: Sequence[Protection], kept: Mapping[str, Protected]
-) -> Fidelity:
-    own = [kept[item.key] for item in protections if item.method.label == method.label]
-    values = {name: [value for item in own for value in item.fidelity[name]] for name in own[0].fidelity}
-    seconds = {(item.method.label, item.subject.name): kept[item.key].seconds for item in protections}
-    ratios = [
-        seconds[method.label, subject] / base
-        for (label, subject), base in seconds.items()
-        if label == first.label and base > 0
-    ]
+def _fidelity(protected: Mapping[str, Protected], first: Mapping[str, float]) -> Fidelity:
+    """Over all photos; `first` holds the seconds that the first method took, by subject."""
+    one = next(iter(protected.values()))
+    values = {name: [value for item in protected.values() for value in item.fidelity[name]] for name in one.fidelity}
+    ratios = [item.seconds / first[name] for name, item in protected.items() if first.get(name)]
     return Fidelity(
         photos=len(values["psnr"]),
         linf_levels=int(max(values["linf_levels"])),
