@@ -20,6 +20,8 @@ Schedule = Callable[[int, int], float]
 Progress = Callable[[int, int], None]
 """(steps done, steps in all); called after each step."""
 
+_TINY = 1e-30  # keeps a gradient that is zero everywhere from being divided by zero
+
 
 def constant(step: int, steps: int) -> float:
     """The schedule that keeps the step length."""
@@ -35,6 +37,8 @@ class PgdPlan:
     steps: int
     ascend: bool
     schedule: Schedule = constant
+    # Share of the steps before in the direction of a step (MI-FGSM, https://arxiv.org/abs/1710.06081); 0 forgets them.
+    momentum: float = 0.0
 
     @classmethod
     def of(cls, config: PgdConfig, *, ascend: bool, schedule: Schedule = constant) -> Self:
@@ -55,6 +59,7 @@ def pgd(
     *,
     start: Tensor | None = None,
     masks: Tensor | None = None,
+    limits: Tensor | None = None,
     progress: Progress | None = None,
 ) -> Tensor:
     """Runs the steps and returns the perturbed images, not yet rounded.
@@ -67,20 +72,30 @@ def pgd(
     Args:
         start: perturbation to go on from, ``(B, 3, H, W)`` in units of [0, 1]; None starts at zero.
         masks: ``(B, 1, H, W)``; the perturbation is kept at zero where the mask is 0.
+        limits: ``(B, 1, H, W)``, the share of the budget that each pixel may use, 0 to 1; steps shrink with it. None
+            gives all of it to every pixel.
 
     Returns:
         ``(B, 3, H, W)`` float32, no graph. An image whose gradient was not finite comes back as NaN.
     """
     direction = 1.0 if plan.ascend else -1.0
     grey = is_grey(originals)
+    share = torch.ones(1, device=originals.device) if limits is None else limits
+    if masks is not None:
+        share = share * masks
     delta = torch.zeros_like(originals) if start is None else torch.where(grey, start[:, :1], start)
-    delta = _confine(delta, originals, plan.eps_levels, masks)
+    delta = _confine(delta, originals, plan.eps_levels, share)
+    memory = torch.zeros_like(originals)
     for step in range(plan.steps):
         images = (originals + delta).requires_grad_()
         (gradient,) = torch.autograd.grad(loss(images, step).sum(), images)
         length = direction * plan.step_levels * plan.schedule(step, plan.steps) / LEVELS
-        delta = delta + length * _sign(torch.where(grey, gradient.mean(1, keepdim=True), gradient))
-        delta = _confine(delta, originals, plan.eps_levels, masks)
+        gradient = torch.where(grey, gradient.mean(1, keepdim=True), gradient)
+        if plan.momentum > 0:
+            memory = plan.momentum * memory + gradient / gradient.abs().mean((1, 2, 3), keepdim=True).clamp(min=_TINY)
+            gradient = memory
+        delta = delta + length * share * _sign(gradient)
+        delta = _confine(delta, originals, plan.eps_levels, share)
         if progress is not None:
             progress(step + 1, plan.steps)
     return originals + delta
@@ -102,9 +117,8 @@ def is_grey(images: Tensor) -> Tensor:
     return (images == images[:, :1]).flatten(1).all(1).view(-1, 1, 1, 1)
 
 
-def _confine(delta: Tensor, originals: Tensor, eps_levels: float, masks: Tensor | None) -> Tensor:
-    delta = project(originals + delta, originals, eps_levels) - originals
-    return delta if masks is None else delta * masks
+def _confine(delta: Tensor, originals: Tensor, eps_levels: float, share: Tensor) -> Tensor:
+    return project(originals + delta, originals, eps_levels * share) - originals
 
 
 def _sign(gradient: Tensor) -> Tensor:

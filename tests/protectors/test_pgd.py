@@ -80,3 +80,32 @@ def test_streams_depend_on_all_bits_and_on_the_purpose() -> None:
     ]
     assert len({tuple(row[0].tolist()) for row in draws}) == 4
     assert torch.equal(normal(streams([7, 0], "a"), (4,))[1], draws[0][0])
+
+
+def test_limits_give_every_pixel_its_own_ball() -> None:
+    originals = torch.full((1, 3, 4, 4), 0.5)
+    limits = torch.linspace(0, 1, 16).view(1, 1, 4, 4)
+    plan = PgdPlan(eps_levels=8, step_levels=1, steps=20, ascend=True)
+    delta = pgd(lambda images, step: images.flatten(1).sum(1), originals, plan, limits=limits) - originals
+    torch.testing.assert_close(delta, (limits * 8 / 255).expand_as(delta))
+
+
+def test_momentum_outlives_a_gradient_that_turns_around() -> None:
+    originals = torch.full((2, 3, 4, 4), 0.5)
+
+    def loss(images: Tensor, step: int) -> Tensor:
+        weights = torch.tensor([1.0, 100.0]) * (-0.5 if step % 2 else 1.0)  # the scale of a loss does not count
+        return weights * images.flatten(1).sum(1)
+
+    def run(momentum: float) -> Tensor:
+        plan = PgdPlan(eps_levels=8, step_levels=1, steps=4, ascend=True, momentum=momentum)
+        return (pgd(loss, originals, plan) - originals) * 255
+
+    assert run(0.0).abs().max() < 1e-3
+    torch.testing.assert_close(run(1.0), torch.full_like(originals, 2.0), atol=1e-3, rtol=0)
+
+
+def test_momentum_stands_still_where_there_is_no_gradient() -> None:
+    originals = torch.full((1, 3, 4, 4), 0.5)
+    plan = PgdPlan(eps_levels=8, step_levels=1, steps=3, ascend=True, momentum=0.9)
+    assert torch.equal(pgd(lambda images, step: 0 * images.flatten(1).sum(1), originals, plan), originals)
