@@ -10,10 +10,8 @@ from torch import Tensor
 LEVELS = 255  # one 8-bit level is 1/255 of the range [0, 1]
 
 
-def project(images: Tensor, originals: Tensor, eps_levels: float | Tensor) -> Tensor:
+def project(images: Tensor, originals: Tensor, eps_levels: float) -> Tensor:
     """Moves images into the l_inf ball of ``eps_levels`` around the originals and into [0, 1].
-
-    A tensor that broadcasts to the images gives every pixel a ball of its own.
 
     Shape: both ``(B, 3, H, W)`` float32 in units of [0, 1]; returns the same. NaN stays NaN.
     """

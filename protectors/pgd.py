@@ -41,7 +41,7 @@ class PgdPlan:
     momentum: float = 0.0
 
     @classmethod
-    def of(cls, config: PgdConfig, *, ascend: bool, schedule: Schedule = constant) -> Self:
+    def of(cls, config: PgdConfig, *, ascend: bool, schedule: Schedule = constant, momentum: float = 0.0) -> Self:
         """The plan that a method's configuration asks for."""
         return cls(
             eps_levels=config.eps_levels,
@@ -49,6 +49,7 @@ class PgdPlan:
             steps=config.steps,
             ascend=ascend,
             schedule=schedule,
+            momentum=momentum,
         )
 
 
@@ -59,7 +60,6 @@ def pgd(
     *,
     start: Tensor | None = None,
     masks: Tensor | None = None,
-    limits: Tensor | None = None,
     progress: Progress | None = None,
 ) -> Tensor:
     """Runs the steps and returns the perturbed images, not yet rounded.
@@ -72,19 +72,14 @@ def pgd(
     Args:
         start: perturbation to go on from, ``(B, 3, H, W)`` in units of [0, 1]; None starts at zero.
         masks: ``(B, 1, H, W)``; the perturbation is kept at zero where the mask is 0.
-        limits: ``(B, 1, H, W)``, the share of the budget that each pixel may use, 0 to 1; steps shrink with it. None
-            gives all of it to every pixel.
 
     Returns:
         ``(B, 3, H, W)`` float32, no graph. An image whose gradient was not finite comes back as NaN.
     """
     direction = 1.0 if plan.ascend else -1.0
     grey = is_grey(originals)
-    share = torch.ones(1, device=originals.device) if limits is None else limits
-    if masks is not None:
-        share = share * masks
     delta = torch.zeros_like(originals) if start is None else torch.where(grey, start[:, :1], start)
-    delta = _confine(delta, originals, plan.eps_levels, share)
+    delta = _confine(delta, originals, plan.eps_levels, masks)
     memory = torch.zeros_like(originals)
     for step in range(plan.steps):
         images = (originals + delta).requires_grad_()
@@ -94,8 +89,8 @@ def pgd(
         if plan.momentum > 0:
             memory = plan.momentum * memory + gradient / gradient.abs().mean((1, 2, 3), keepdim=True).clamp(min=_TINY)
             gradient = memory
-        delta = delta + length * share * _sign(gradient)
-        delta = _confine(delta, originals, plan.eps_levels, share)
+        delta = delta + length * _sign(gradient)
+        delta = _confine(delta, originals, plan.eps_levels, masks)
         if progress is not None:
             progress(step + 1, plan.steps)
     return originals + delta
@@ -117,8 +112,9 @@ def is_grey(images: Tensor) -> Tensor:
     return (images == images[:, :1]).flatten(1).all(1).view(-1, 1, 1, 1)
 
 
-def _confine(delta: Tensor, originals: Tensor, eps_levels: float, share: Tensor) -> Tensor:
-    return project(originals + delta, originals, eps_levels * share) - originals
+def _confine(delta: Tensor, originals: Tensor, eps_levels: float, masks: Tensor | None) -> Tensor:
+    delta = project(originals + delta, originals, eps_levels) - originals
+    return delta if masks is None else delta * masks
 
 
 def _sign(gradient: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ _PROTECTORS = {
     "antipure": "protectors.antipure:AntiPure",
     "aspl": "protectors.aspl:ASPL",
     "diffusion_guard": "protectors.diffusion_guard:DiffusionGuard",
+    "fixative": "protectors.fixative:Fixative",
     "fsmg": "protectors.fsmg:FSMG",
     "metacloak": "protectors.metacloak:MetaCloak",
     "mist": "protectors.mist:Mist",

@@ -47,6 +47,7 @@ SMALL: dict[str, dict[str, Any]] = {
         "step_levels": 8.0,
         "eval_draws": 2,
     },
+    "fixative": {"steps": 4, "step_levels": 4.0, "eval_draws": 2},
     "fsmg": {"steps": 2, "training_steps": 1, "step_levels": 8.0, "eval_draws": 2},
     "diffusion_guard": {"steps": 4, "step_levels": 4.0, "eval_draws": 2},
     "metacloak": {

@@ -1,0 +1,114 @@
+"""The method of our own: its loss, the copies it is taken over, and where the change goes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from protectors.diffusion import DiffusionModel, load_model
+from protectors.fixative import Fixative, FixativeConfig, round_trip, visibility
+from tests.protectors.tiny import save_tiny_model
+
+PLAIN = {"chance": 0.0, "processed": 1, "purified": 0, "momentum": 0.0, "steps": 3, "eval_draws": 2}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> DiffusionModel:
+    return load_model(str(save_tiny_model(tmp_path_factory.mktemp("tiny"))))
+
+
+def protector(model: DiffusionModel, **settings: Any) -> Fixative:
+    return Fixative(FixativeConfig(**{**PLAIN, **settings}), model)
+
+
+def picture() -> Tensor:
+    """Flat on the left, loud on the right; whole levels."""
+    image = torch.full((1, 3, 32, 32), 128 / 255)
+    noise = torch.randint(0, 256, (1, 3, 32, 16), generator=torch.Generator().manual_seed(0)) / 255
+    image[..., 16:] = noise
+    return image
+
+
+def test_without_transforms_the_loss_is_distance_less_denoising(model: DiffusionModel) -> None:
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    target = torch.zeros(1, *model.latent_shape(images))
+    embeddings = model.embed_prompts(["a photo"] * 2)
+    for weight in (0.0, 0.61):
+        generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
+        ours = protector(model, denoising_weight=weight)._loss(images, target, embeddings, generators)
+        moments = model.encode_moments(images)
+        mean, logvar = (part.double() for part in moments)
+        generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
+        _ = [
+            torch.rand((), generator=generator) for generator in generators for _ in range(4)
+        ]  # four coins of chance 0
+        t = torch.cat([torch.randint(0, 1000, (1,), generator=generator) for generator in generators])
+        noise, posterior = (
+            torch.stack([torch.randn(mean.shape[1:], generator=generator) for generator in generators]).double()
+            for _ in range(2)
+        )
+        latents = mean + (logvar / 2).exp() * posterior
+        abar = model.alphas_cumprod[t].double().view(-1, 1, 1, 1)
+        noisy = abar.sqrt() * latents + (1 - abar).sqrt() * noise
+        error = model.predict(noisy.float(), t, embeddings).double() - noise
+        expected = latents.square().mean((1, 2, 3)) - weight * error.square().mean((1, 2, 3))
+        torch.testing.assert_close(ours.double(), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_copies_are_averaged_and_purified_ones_pass_the_vae(
+    model: DiffusionModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passed: list[int] = []
+
+    def counted(model: DiffusionModel, images: Tensor) -> Tensor:
+        passed.append(len(images))
+        return round_trip(model, images)
+
+    monkeypatch.setattr("protectors.fixative.round_trip", counted)
+    images = picture()
+    target, embeddings = torch.zeros(1, *model.latent_shape(images)), model.embed_prompts(["a photo"])
+    settings = {"denoising_weight": 0.0}
+    values = {}
+    for processed, purified in ((1, 0), (0, 1), (1, 1)):
+        method = protector(model, processed=processed, purified=purified, **settings)
+        values[processed, purified] = method._loss(images, target, embeddings, [torch.Generator().manual_seed(1)])
+    assert passed == [1, 1]
+    assert values[1, 0] != values[0, 1]
+    # Other posterior draws, which hardly count: the mean of both.
+    torch.testing.assert_close(values[1, 1], (values[1, 0] + values[0, 1]) / 2, rtol=0.2, atol=0)
+
+
+def test_round_trip_is_the_vae_and_has_a_gradient(model: DiffusionModel) -> None:
+    images = torch.rand(1, 3, 30, 33, generator=torch.Generator().manual_seed(2)).requires_grad_()
+    back = round_trip(model, images)
+    assert back.shape == images.shape
+    with torch.no_grad():
+        padded = torch.nn.functional.pad(images, (0, 3, 0, 2), mode="replicate")
+        mean = model.vae.encode(padded * 2 - 1).latent_dist.mean
+        expected = (model.vae.decode(mean).sample / 2 + 0.5).clamp(0, 1)[..., :30, :33]
+    torch.testing.assert_close(back, expected, rtol=1e-4, atol=1e-5)
+    (gradient,) = torch.autograd.grad(back.sum(), images)
+    assert gradient.abs().sum() > 0
+
+
+def test_flat_areas_get_their_share_of_the_budget(model: DiffusionModel) -> None:
+    share = visibility(picture(), 0.5)
+    assert share.shape == (1, 1, 32, 32)
+    torch.testing.assert_close(share[..., :10], torch.full((1, 1, 32, 10), 0.5))
+    torch.testing.assert_close(share[..., 20:], torch.ones(1, 1, 32, 12))
+    output = protector(model, flat_share=0.5, step_levels=8.0).protect(picture(), seeds=[1]).images
+    change = ((output - picture()) * 255).round().abs()
+    assert change[..., :10].max() == 4
+    assert change[..., 20:].max() == 8
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"processed": 0, "purified": 0}, {"flat_share": 0.0}, {"momentum": 1.0}, {"jpeg_low": 0}, {"resize_low": 0.01}],
+)
+def test_values_that_cannot_work_are_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="|".join(settings)):
+        FixativeConfig(**settings)
