@@ -27,6 +27,7 @@ from pipeline.job import Job, destination_store, resolve
 from pipeline.manifest import rows_of, success_manifests
 from pipeline.plan import BINDING_KEY
 from pipeline.storage import get_json
+from pipeline.verify.difference import AMPLIFIED, difference
 from protectors.reference.data import Photos
 
 Pixels = npt.NDArray[np.uint8]
@@ -51,7 +52,6 @@ ATTACK: Mapping[str, Any] = {
 """What the demo's verification tries, as settings of `AttackSettings`."""
 CELL = 192
 SHOWN = 6
-AMPLIFY = 8
 
 
 def build_archive(folder: Path) -> Path:
@@ -196,7 +196,7 @@ def contact_sheet(job: Job, path: Path) -> Path:
     source, destination = job.source(), job.destination()
     sheet = Image.new("RGB", (3 * CELL, SHOWN * CELL + 24), "white")
     pen = ImageDraw.Draw(sheet)
-    for column, title in enumerate(("original", "protected", f"difference x {AMPLIFY}")):
+    for column, title in enumerate(("original", "protected", f"difference x {AMPLIFIED}")):
         pen.text((column * CELL + 6, 6), title, fill="black")
     shown = 0
     for manifest in success_manifests(destination):
@@ -207,9 +207,7 @@ def contact_sheet(job: Job, path: Path) -> Path:
                 break
             key = row["source_uri"].removeprefix(f"{source.url}/")
             pair = [model_view(decode(data, limits=job.limits)) for data in (source.get(key), row["image"]["bytes"])]
-            difference = pair[1].astype(np.int16) - pair[0]
-            amplified = np.clip(128 + AMPLIFY * difference, 0, 255).astype(np.uint8)
-            for column, pixels in enumerate((*pair, amplified)):
+            for column, pixels in enumerate((*pair, difference(pair[0], pair[1]))):
                 cell = Image.fromarray(pixels)
                 cell.thumbnail((CELL - 4, CELL - 4))
                 sheet.paste(cell, (column * CELL + 2, 24 + shown * CELL + 2))

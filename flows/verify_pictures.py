@@ -17,11 +17,11 @@ from PIL import Image
 from prefect.artifacts import create_image_artifact
 
 from pipeline.ids import sha256_hex
+from pipeline.verify.difference import AMPLIFIED, difference
 from pipeline.verify.html import Strip
 from pipeline.verify.trial import TrialResult
 
 STRIPS = 12  # groups and images that the local report shows
-AMPLIFIED = 8
 PUBLIC = ("protected", "drawn from protected")
 """How the labels of pictures begin that follow from protected images alone; a difference would give originals away."""
 THUMBNAIL = 96  # pixels of height in the artifact: it lies in a database
@@ -53,9 +53,9 @@ def read_strips(pictures: Path) -> list[Strip]:
 def _strip(folder: Path) -> Strip:
     found = {file.stem: file.read_bytes() for file in sorted(folder.glob("*/*.png"), key=_place)}
     if "original" in found and "protected" in found:
-        difference = {f"difference x{AMPLIFIED}": _difference(found["original"], found["protected"])}
+        changed = {f"difference x{AMPLIFIED}": _difference(found["original"], found["protected"])}
         first = {name: found.pop(name) for name in ("original", "protected")}
-        found = first | difference | found
+        found = first | changed | found
     about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
     return Strip(**about, pictures=found)
 
@@ -65,11 +65,10 @@ def _place(file: Path) -> tuple[bool, str]:
 
 
 def _difference(left: bytes, right: bytes) -> bytes:
-    """The change, amplified around middle grey, as PNG."""
-    one, other = (np.asarray(Image.open(io.BytesIO(data)), dtype=np.int16) for data in (left, right))
-    amplified = np.clip(128 + AMPLIFIED * (other - one), 0, 255).astype(np.uint8)
+    """The amplified change, as PNG."""
+    one, other = (np.asarray(Image.open(io.BytesIO(data))) for data in (left, right))
     file = io.BytesIO()
-    Image.fromarray(amplified).save(file, "PNG")
+    Image.fromarray(difference(one, other)).save(file, "PNG")
     return file.getvalue()
 
 

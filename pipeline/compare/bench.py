@@ -139,6 +139,7 @@ class Bench:
             protected=self.results.protected(task.protection.key).photos[task.photo],
             purifiers=settings.purifiers,
             seed=asset_seed(photo_digest(clean), str(settings.seed), task.attack.name),
+            control_levels=self.comparison.control_levels,
         )
         result = run_edit_trial(trial, self.models)
         # Photos of one subject are not independent: the subject is what is resampled.

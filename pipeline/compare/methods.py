@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -14,7 +14,6 @@ import yaml
 from pipeline.errors import UserError
 from pipeline.ids import fingerprint
 from pipeline.job import NO_MODEL, model_folder
-from pipeline.verify.campaign import folder_digest
 from protectors.loading import model_source
 from protectors.model_files import ModelError
 from protectors.reference import ReferenceModelError
@@ -49,6 +48,8 @@ class Method:
     # Folder of the checkpoint that it optimizes against, and the digest of its files; NO_MODEL where it needs none.
     model: str = NO_MODEL
     digest: str = NO_MODEL
+    # Side in pixels at which it sees images, by that checkpoint; None where it needs none.
+    side: int | None = None
     # Why it cannot run; None: it can.
     failed: str | None = None
 
@@ -106,13 +107,19 @@ def _row(file: Path, row: dict[str, Any]) -> MethodSpec:
         raise UserError(f"{file}: no such field {unknown[0]!r}; a method has {', '.join(known)}")
     if not isinstance(row.get("name"), str):
         raise UserError(f"{file}: a method without a name: {row}")
+    for name in ("label", "preset"):
+        if not isinstance(row.get(name, ""), str):
+            raise UserError(f"{file}: the {name} of {row['name']} must be text, not {row[name]!r}: write it in quotes")
+    levels = row.get("eps_levels")
+    if levels is not None and (isinstance(levels, bool) or not isinstance(levels, int | float)):
+        raise UserError(f"{file}: eps_levels of {row['name']} must be a number, not {levels!r}")
     if not isinstance(row.get("overrides", {}), dict):
         raise UserError(f"{file}: the overrides of {row['name']} must be a mapping")
     return MethodSpec(**{"label": row["name"], **row})
 
 
 def resolve_methods(
-    specs: Sequence[MethodSpec], *, eps_levels: float, surrogates: Mapping[str, str]
+    specs: Sequence[MethodSpec], *, eps_levels: float, surrogates: Mapping[str, str], digest: Callable[[str], str]
 ) -> tuple[Method, ...]:
     """Applies presets and budgets, and finds the checkpoint.
 
@@ -120,6 +127,7 @@ def resolve_methods(
         specs: what is compared.
         eps_levels: budget of those that name none.
         surrogates: what methods optimize against, by kind of `protectors.loading`; else the embedded ones.
+        digest: of a checkpoint's folder.
 
     Raises:
         UserError: an unknown method, preset or field, a value that cannot work, or the same twice. A checkpoint
@@ -128,16 +136,20 @@ def resolve_methods(
     labels = [spec.label for spec in specs]
     if repeated := [label for label in labels if labels.count(label) > 1]:
         raise UserError(f"two methods are called {repeated[0]!r}: give one of them another label")
-    methods = tuple(_resolve(spec, eps_levels, surrogates) for spec in specs)
+    methods = tuple(_resolve(spec, eps_levels, surrogates, digest) for spec in specs)
     same: dict[str, str] = {}
     for method in methods:
-        other = same.setdefault(fingerprint(method.identity()), method.label)
+        chosen = protector_class(method.spec.name)  # a registered one may also be asked for as "module:Class"
+        whole = method.identity() | {"name": f"{chosen.__module__}:{chosen.__qualname__}"}
+        other = same.setdefault(fingerprint(whole), method.label)
         if other != method.label:
             raise UserError(f"methods {other!r} and {method.label!r} are the same: leave one of them out")
     return methods
 
 
-def _resolve(spec: MethodSpec, eps_levels: float, surrogates: Mapping[str, str]) -> Method:
+def _resolve(
+    spec: MethodSpec, eps_levels: float, surrogates: Mapping[str, str], digest: Callable[[str], str]
+) -> Method:
     try:
         chosen = protector_class(spec.name)
     except UnknownProtector as error:
@@ -158,9 +170,10 @@ def _resolve(spec: MethodSpec, eps_levels: float, surrogates: Mapping[str, str])
         if name is None:
             raise ModelError(f"it attacks {source.form} models and none is embedded: give --model {source.kind}=FOLDER")
         folder = model_folder(name)
+        side = source.training_scale(folder)
     except (ModelError, ReferenceModelError) as error:
         return replace(method, failed=str(error))
-    return replace(method, model=folder, digest=folder_digest(Path(folder)))
+    return replace(method, model=folder, digest=digest(folder), side=side)
 
 
 def check_label(label: str, methods: Iterable[Method]) -> None:

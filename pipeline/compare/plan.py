@@ -7,6 +7,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,9 @@ from pipeline.verify.scores import NO_PURIFIER, Cell
 from pipeline.verify.trial import GENERATED, Attack, cells_of, needs_protected
 from protectors.model_files import ModelError, model_base_size
 from protectors.reference import NANO_EMBED, ReferenceModelError, reference_path
+
+DECIDING = ("torch", "diffusers", "transformers", "peft", "numpy")
+"""Libraries with another version of which pixels and scores may be others."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +53,7 @@ class Settings:
     generated: int = GENERATED
     # What editors make of an image.
     edit_prompt: str = "a painting"
-    # Budget in 8-bit levels of methods that name none.
+    # Budget in 8-bit levels of methods that name none, and of the noise that edits are held against.
     eps_levels: float = 8.0
     # What methods optimize against, by kind (latent, pixel, inpaint); else the embedded ones.
     surrogates: Mapping[str, str] = field(default_factory=dict)
@@ -116,6 +121,8 @@ class Comparison:
     models: Mapping[ModelKind, str]
     digests: Mapping[ModelKind, str]
     side: int
+    # What else results depend on: the kind of device, and the versions of libraries.
+    environment: Mapping[str, Any]
     # Digest of the model that judges likeness, and of every subject's photos by its name.
     embedder: str
     photos: Mapping[str, str]
@@ -131,6 +138,15 @@ class Comparison:
             generated=self.settings.generated,
             seed=self.settings.seed,
         )
+
+    def parameters(self, spec: AttackSpec) -> dict[str, Any]:
+        """An attack's name and every field."""
+        return _parameters(spec, self.settings)
+
+    @property
+    def control_levels(self) -> int:
+        """Of the noise that edits of protected photos are held against: the same for all methods."""
+        return int(self.settings.eps_levels)
 
     def protections(self) -> list[Protection]:
         """What the methods that can run have to do; one subject after the other."""
@@ -156,8 +172,7 @@ class Comparison:
         return list(found.values())
 
     def _cells(self, attack: AttackSpec, subject: Subject, own: Sequence[Protection]) -> Iterator[PlannedCustomization]:
-        parameters = customizer(attack.name, str(attack.preset), self.settings.overrides).parameters()
-        about = {"attack": parameters, "generated": self.settings.generated}
+        about = {"attack": self.parameters(attack), "generated": self.settings.generated}
         for cell, purifier in cells_of(self.settings.purifiers):
             used = self._used(() if purifier == NO_PURIFIER else (purifier,))
             for item in own if needs_protected(cell) else [None]:
@@ -173,7 +188,8 @@ class Comparison:
     def _edits(self, attack: AttackSpec, own: Sequence[Protection]) -> Iterator[PlannedEdit]:
         editor, used = EDITORS[attack.name], self._used(self.settings.purifiers)
         used["models"][str(editor.needs)] = self.digests[editor.needs]
-        about = {"attack": editor.parameters(), "prompt": self.settings.edit_prompt, **used}
+        control = {"prompt": self.settings.edit_prompt, "control": self.control_levels}
+        about = {"attack": self.parameters(attack), **control, **used}
         for item in own:
             for photo in range(len(item.subject.train)):
                 key = self._trial_key({**about, "photo": photo}, item.subject, item)
@@ -181,7 +197,7 @@ class Comparison:
 
     def _protection_key(self, method: Method, subject: Subject) -> str:
         fields = {"method": method.identity(), "subject": self.photos[subject.name]}
-        return fingerprint({**fields, "seed": self.settings.seed, "code": code_version()})[:24]
+        return fingerprint({**fields, "seed": self.settings.seed, "code": code_version(), **self.environment})[:24]
 
     def _trial_key(self, about: Mapping[str, Any], subject: Subject, item: Protection | None) -> str:
         fields = {
@@ -192,6 +208,7 @@ class Comparison:
             "side": self.side,
             "seed": self.settings.seed,
             "code": code_version(),
+            **self.environment,
         }
         return fingerprint(fields)[:24]
 
@@ -212,7 +229,8 @@ def plan_comparison(settings: Settings) -> Comparison:
     """Checks every name and reads the photos, before anything is computed.
 
     Raises:
-        UserError: an unknown name, a missing checkpoint of the attacker, or photos that cannot be used.
+        UserError: an unknown name, an attack or method twice, a missing checkpoint of the attacker, or photos that
+            cannot be used.
     """
     if not settings.methods:
         raise UserError("nothing to compare: name methods with --methods or --methods-file")
@@ -221,23 +239,46 @@ def plan_comparison(settings: Settings) -> Comparison:
     attacks = tuple(_attack_spec(text, settings, models) for text in dict.fromkeys(settings.attacks))
     if not attacks:
         raise UserError("nothing to attack with: name customizers or editors with --attacks")
+    _check_different(attacks, settings)
     try:
-        folders = {kind: Path(model_folder(name)) for kind, name in models.items()}
-        side = model_base_size(str(folders[ModelKind.LATENT]))
+        folders = {kind: model_folder(name) for kind, name in models.items()}
+        side = model_base_size(folders[ModelKind.LATENT])
     except (ModelError, ReferenceModelError) as error:
         raise UserError(str(error)) from error
+    digest = cache(lambda folder: folder_digest(Path(folder)))  # surrogate and attacker often share one
     subjects = read_subjects(settings.photos, side, settings.subjects, train=settings.train)
     return Comparison(
         settings=settings,
-        methods=resolve_methods(settings.methods, eps_levels=settings.eps_levels, surrogates=settings.surrogates),
+        methods=resolve_methods(
+            settings.methods, eps_levels=settings.eps_levels, surrogates=settings.surrogates, digest=digest
+        ),
         attacks=attacks,
         subjects=subjects,
         models=models,
-        digests={kind: folder_digest(folder) for kind, folder in folders.items()},
+        digests={kind: digest(folder) for kind, folder in folders.items()},
         side=side,
+        environment={
+            "device": settings.device.partition(":")[0],
+            "versions": {name: version(name) for name in DECIDING},
+        },
         embedder=weights_digest(reference_path(NANO_EMBED)),
         photos={subject.name: subject.digest() for subject in subjects},
     )
+
+
+def _parameters(spec: AttackSpec, settings: Settings) -> dict[str, Any]:
+    if spec.preset is None:
+        return EDITORS[spec.name].parameters()
+    return customizer(spec.name, spec.preset, settings.overrides).parameters()
+
+
+def _check_different(attacks: Sequence[AttackSpec], settings: Settings) -> None:
+    """Results are named by parameters: two attacks of the same would share theirs, and one table would be empty."""
+    same: dict[str, str] = {}
+    for attack in attacks:
+        other = same.setdefault(fingerprint(_parameters(attack, settings)), attack.label)
+        if other != attack.label:
+            raise UserError(f"attacks {other!r} and {attack.label!r} are the same: leave one of them out")
 
 
 def _attack_spec(text: str, settings: Settings, models: Mapping[ModelKind, str]) -> AttackSpec:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.errors import AlreadyExists
+from pipeline.errors import AlreadyExists, NotFound
 from pipeline.storage import StorageOptions, Store, get_json, open_store, put_json_new
 from pipeline.verify.scores import Score
 from pipeline.verify.trial import Pixels, TrialResult, scores_from_json
@@ -47,8 +47,8 @@ class Results:
         return self._keys("protected/", ".npz")
 
     def trials(self) -> set[str]:
-        """Keys of the stored ones."""
-        return self._keys("trials/", ".json")
+        """Keys of the stored ones; those that failed are to be run again, and not among them."""
+        return {key for key in self._keys("trials/", ".json") if self.error(key) is None}
 
     def put_protected(self, key: str, protected: Protected) -> None:
         """Stores photos and facts in one file; one that is there stays."""
@@ -64,7 +64,13 @@ class Results:
             return Protected(photos=list(file["photos"]), **json.loads(str(file["facts"])))
 
     def put_trial(self, key: str, result: TrialResult, seconds: float) -> None:
-        """Stores the pictures, then the scores: a trial counts as done when its scores are there."""
+        """Stores the pictures, then the scores: a trial counts as done when its scores are there.
+
+        A stored one stays, unless it failed.
+        """
+        with suppress(NotFound):
+            if self.error(key) is not None:
+                self.store.delete(f"trials/{key}.json")
         for label, data in result.pictures.items():
             with suppress(AlreadyExists):
                 self.store.put_new(_picture(key, label), data)
@@ -74,6 +80,10 @@ class Results:
     def scores(self, key: str) -> list[Score]:
         """Scores of a stored trial. Raises NotFound."""
         return scores_from_json(self._trial(key))
+
+    def error(self, key: str) -> str | None:
+        """Why a stored trial failed; None: it has not. Raises NotFound."""
+        return next((score.error for score in self.scores(key) if score.error is not None), None)
 
     def seconds(self, key: str) -> float:
         """Processor time of a stored trial. Raises NotFound."""

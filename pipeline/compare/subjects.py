@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from pipeline.errors import UserError
 from pipeline.ids import fingerprint, sha256_hex
-from pipeline.laboratory.personalization import load_subjects
 from pipeline.verify.trial import Pixels
 from protectors.constraints import to_levels
+from protectors.reference.data import centre_crop, decode_photo, read_columns
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +39,8 @@ class Subject:
 def read_subjects(parquet: Path, side: int, wanted: int | tuple[str, ...], *, train: int) -> tuple[Subject, ...]:
     """Reads subjects from a Parquet file with asset_id, image, subject and subject_class.
 
+    Photos without a subject belong to nobody and are left out; only those of wanted subjects are decoded.
+
     Args:
         parquet: the file.
         side: of the centre squares in pixels.
@@ -44,26 +48,42 @@ def read_subjects(parquet: Path, side: int, wanted: int | tuple[str, ...], *, tr
         train: photos per subject that are protected, at most; at least one is kept to compare with.
 
     Raises:
-        UserError: the file cannot be used, or a subject is not in it.
+        UserError: the file cannot be used, a subject is not in it, or one has too few photos.
     """
     try:
-        found = {item.name: item for item in load_subjects(parquet, side, train=train)}
+        table = read_columns(parquet, ("asset_id", "image", "subject", "subject_class"))
     except (OSError, ValueError) as error:
         raise UserError(f"--photos: {error}") from error
-    names = list(found)[:wanted] if isinstance(wanted, int) else list(dict.fromkeys(wanted))
-    if unknown := [name for name in names if name not in found]:
-        raise UserError(f"{parquet} has no subject {unknown[0]!r}; it has {', '.join(found)}")
+    column = table.column("subject").to_pylist()
+    known = sorted({str(name) for name in column if name is not None})
+    names = known[:wanted] if isinstance(wanted, int) else list(dict.fromkeys(wanted))
+    if unknown := [name for name in names if name not in known]:
+        raise UserError(f"{parquet} has no subject {unknown[0]!r}; it has {', '.join(known)}")
     if not names:
         raise UserError("no subjects: ask for at least one with --subjects")
-    return tuple(
-        Subject(
-            name=name,
-            class_word=found[name].class_word,
-            train=pixels_of(found[name].train),
-            references=pixels_of(found[name].others),
-        )
-        for name in names
-    )
+    places: dict[str, list[int]] = {name: [] for name in names}
+    for place, name in enumerate(column):
+        if name is not None and str(name) in places:
+            places[str(name)].append(place)
+    try:
+        return tuple(_subject(name, table.take(rows).to_pylist(), side, train) for name, rows in places.items())
+    except ValueError as error:
+        raise UserError(f"--photos: {parquet}: {error}") from error
+
+
+def _subject(name: str, rows: list[dict[str, Any]], side: int, train: int) -> Subject:
+    """Raises ValueError where its rows are too few or incomplete."""
+    if len(rows) < 2:
+        raise ValueError(f"subject {name!r} has one photo; it needs one to train on and one to compare")
+    for field in ("asset_id", "image", "subject_class"):
+        if any(row[field] is None for row in rows):
+            raise ValueError(f"a photo of subject {name!r} has no {field}")
+    rows = sorted(rows, key=lambda row: row["asset_id"])
+    decoded = [decode_photo(row["image"]["bytes"] or b"", str(row["asset_id"])) for row in rows]
+    photos = pixels_of(torch.stack([centre_crop(photo, side) for photo in decoded]))
+    cut = min(train, len(rows) - 1)
+    word = str(rows[0]["subject_class"])
+    return Subject(name=name, class_word=word, train=photos[:cut], references=photos[cut:])
 
 
 def pixels_of(images: Tensor) -> list[Pixels]:

@@ -15,6 +15,7 @@ from pipeline.verify.contrasts import Contrasts
 from pipeline.verify.scores import NO_PURIFIER, Arranged, Cell, Grid, Score, arrange
 from pipeline.verify.tables import FEW_UNITS, Gate, Question, Row, State, Summary, Table, Verdict
 
+ATTACK_GATE = "attack works on clean images"
 _CLAIM_LEVEL = 0.025  # one-sided, as the lower limit of a 95 % interval
 
 
@@ -115,7 +116,7 @@ def _error_gate(grid: Grid, rows: Mapping[str, Row], question: Question) -> Gate
 
 def _attack_gate(means: Mapping[Cell, float | None], gain: Interval | None, question: Question) -> Gate:
     """Weak attacks manufacture protection: on clean images the attacker must surely win something, and enough."""
-    name = "attack works on clean images"
+    name = ATTACK_GATE
     clean, floor, ceiling = means[Cell.CLEAN], means[Cell.FLOOR], means[Cell.CEILING]
     if clean is None or floor is None or gain is None:
         return Gate(name=name, passed=None, detail="no floor measured")

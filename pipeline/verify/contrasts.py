@@ -16,6 +16,11 @@ from pipeline.verify.scores import NO_PURIFIER, Arranged, Cell
 from pipeline.verify.tables import FEW_UNITS, Question, Row, State, Summary
 
 
+def effect(clean: Floats, protected: Floats, floor: Floats) -> Floats:
+    """The share of the attacker's gain that is prevented, (B - D) / (B - F); not a number where nothing is gained."""
+    return ratio(clean - protected, clean - floor)
+
+
 class Contrasts:
     """All figures of one table.
 
@@ -126,7 +131,7 @@ class Contrasts:
             figures[f"retention/{name}"] = ratio(clean - left, attack - protected)
             if self._has_floor:
                 figures[f"headroom/{name}"] = clean - mean(Cell.FLOOR, NO_PURIFIER)
-                figures[f"effect/{name}"] = ratio(clean - left, figures[f"headroom/{name}"])
+                figures[f"effect/{name}"] = effect(clean, left, mean(Cell.FLOOR, NO_PURIFIER))
         figures["worst mean"] = np.min([figures[f"residual/{name}"] for name in self._counted], axis=0)
         figures["worst unit"] = self._worst_unit(values, Cell.PURIFIED_PROTECTED)
         figures["attacker's loss"] = attack - np.max(

@@ -45,6 +45,8 @@ class EditTrial:
     protected: Pixels
     purifiers: tuple[str, ...]
     seed: int
+    # Of the noise of the control in 8-bit levels; None: the l_inf of the protection.
+    control_levels: int | None = None
 
 
 def run_edit_trial(trial: EditTrial, models: AttackModels) -> TrialResult:
@@ -53,13 +55,15 @@ def run_edit_trial(trial: EditTrial, models: AttackModels) -> TrialResult:
     What the attacker wants is the edit of the clean image; a score is the structural similarity of a cell's edit to
     it. Any change of the input moves an edit, random noise included, so the clean side of the control is not the
     clean image itself: cell A is the clean image with uniform noise of the protection's own l_inf, B the same after
-    the purifier. A protection that does no more than such noise shows a residual of about 0.
+    the purifier. A protection that does no more than such noise shows a residual of about 0. Where methods are
+    compared, all of them need the same control: noise of `control_levels`.
 
     The floor is the clean image edited with other draws: an edit that is no further off than that has not been
     hindered. The ceiling is 1, the wanted edit itself.
     """
     clean, protected = tensor(trial.clean)[None], tensor(trial.protected)[None]
-    noisy = noisy_as(clean, protected, trial.seed)
+    levels = trial.control_levels
+    noisy = noisy_as(clean, protected, trial.seed) if levels is None else with_noise(clean, levels, trial.seed)
     images: dict[tuple[Cell, str], Tensor] = {
         (Cell.CLEAN, NO_PURIFIER): noisy,
         (Cell.PROTECTED, NO_PURIFIER): protected,
@@ -105,7 +109,11 @@ def noisy_as(clean: Tensor, protected: Tensor, seed: int) -> Tensor:
     Returns:
         uint8 `(1, 3, H, W)`; equal to `clean` where nothing was changed.
     """
-    levels = int((protected.short() - clean.short()).abs().max())
+    return with_noise(clean, int((protected.short() - clean.short()).abs().max()), seed)
+
+
+def with_noise(clean: Tensor, levels: int, seed: int) -> Tensor:
+    """Images with independent uniform noise between -levels and levels: uint8 `(1, 3, H, W)` in and out."""
     (generator,) = streams([seed], "edit control")
     noise = torch.randint(-levels, levels + 1, clean.shape, generator=generator, dtype=torch.int16)
     return (clean.short() + noise).clamp(0, 255).to(torch.uint8)

@@ -38,6 +38,7 @@ LABELS: Mapping[Cell, tuple[str | None, str]] = {
     Cell.PURIFIED: (None, "drawn from originals after {}"),
     Cell.PURIFIED_PROTECTED: ("protected after {}", "drawn from protected after {}"),
 }
+_NO_MEMORY = ("allocate memory", "out of memory")
 _PROTECTED = (Cell.PROTECTED, Cell.PURIFIED_PROTECTED)
 
 
@@ -202,10 +203,16 @@ def purified_by(purifier: str, images: Tensor, models: AttackModels, seed: int) 
 def stop_if_transient(error: Exception) -> None:
     """Raises FatalWorkerError for what a later run may not meet again; as a stored result it would stay for good."""
     exit_on_device_fault(error)
-    if isinstance(error, torch.cuda.OutOfMemoryError | MemoryError | ModelError | ReferenceModelError | OSError):
+    transient = (torch.cuda.OutOfMemoryError, MemoryError, ModelError, ReferenceModelError, OSError)
+    if isinstance(error, transient) or _lacks_memory(error):
         raise FatalWorkerError(
             f"an attack could not run: {type(error).__name__}: {error}. Mend it and run the same command to go on."
         ) from error
+
+
+def _lacks_memory(error: Exception) -> bool:
+    """Whether the message is that of an allocator: PyTorch's own for the CPU raises a plain RuntimeError."""
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
 
 
 def failed_trial(key: str, title: str, error: Exception, planned: Sequence[Score]) -> TrialResult:
