@@ -27,21 +27,29 @@ class Attempt:
     isolate: bool
     # Rows that were current at ``DEATHS_PER_IMAGE`` deaths.
     blamed: set[int] = field(default_factory=set)
+    # First rows of groups that were current at a death: their images are worked on one at a time.
+    broken: set[int] = field(default_factory=set)
+
+    def enter_group(self, first: int) -> bool:
+        """Call before each group of isolated work, in row order and before any single row; False: enter its rows."""
+        if first not in self.broken:
+            self._mark("group", first)
+        return first not in self.broken
 
     def enter(self, row: int) -> bool:
         """Call before each row of isolated work; False: this row has killed its workers, leave it out."""
         if self.isolate and row not in self.blamed:
-            self._mark(row)
+            self._mark("row", row)
         return row not in self.blamed
 
     def finish(self) -> None:
         """Call when isolated work is done: the last row that was entered is innocent."""
         if self.isolate:
-            self._mark(SURVIVED)
+            self._mark("row", SURVIVED)
 
-    def _mark(self, row: int) -> None:
+    def _mark(self, kind: str, row: int) -> None:
         with suppress(AlreadyExists):  # the answer to this very PUT was lost
-            self.store.put_new(f"{self.prefix}/{self.number:02d}-row-{row:09d}", b"")
+            self.store.put_new(f"{self.prefix}/{self.number:02d}-{kind}-{row:09d}", b"")
 
 
 def begin(store: Store, work: str, run_id: str, *, max_deaths: int | None = None) -> Attempt:
@@ -66,7 +74,8 @@ def begin(store: Store, work: str, run_id: str, *, max_deaths: int | None = None
     total = sum(marker.endswith("-start") for markers in runs.values() for marker in markers)
     worn = total >= ATTEMPTS_OVER_ALL_RUNS
     judged = [(run, marker) for run, markers in runs.items() if worn or run == run_id for marker in markers]
-    attempt = Attempt(store, f"{work}/{run_id}", number, number > 0 or worn, _blamed(judged))
+    blamed, broken = _culprits(judged)
+    attempt = Attempt(store, f"{work}/{run_id}", number, number > 0 or worn, blamed, broken)
     while not _claim(store, f"{attempt.prefix}/{attempt.number:02d}-start"):
         attempt.number += 1  # a worker that is not dead yet; it counts like one that is
     if attempt.number > 0 and max_deaths is not None:
@@ -83,15 +92,17 @@ def _claim(store: Store, key: str) -> bool:
     return True
 
 
-def _blamed(markers: list[tuple[str, str]]) -> set[int]:
-    """Rows that were the last one marked, in at least ``DEATHS_PER_IMAGE`` attempts."""
-    last: dict[tuple[str, str], int] = {}
+def _culprits(markers: list[tuple[str, str]]) -> tuple[set[int], set[int]]:
+    """Rows that were the last one marked in at least ``DEATHS_PER_IMAGE`` attempts; groups that were it in one."""
+    last: dict[tuple[str, str], tuple[bool, int]] = {}
     for run, marker in markers:
         number, kind, *row = marker.split("-")
-        if kind == "row":
-            last[run, number] = max(last.get((run, number), -1), int(row[0]))
+        if kind in ("row", "group"):  # rows come after all groups
+            place = (kind == "row", int(row[0]))
+            last[run, number] = max(last.get((run, number), place), place)
     counts = Counter(last.values())
-    return {row for row, count in counts.items() if count >= DEATHS_PER_IMAGE and row != SURVIVED}
+    rows = {row for (single, row), count in counts.items() if single and count >= DEATHS_PER_IMAGE and row != SURVIVED}
+    return rows, {first for single, first in counts if not single}
 
 
 def _count_death(store: Store, death: str, run_id: str, max_deaths: int) -> None:

@@ -118,6 +118,7 @@ def make_plan(
     config_fp: str,
     *,
     only: str,
+    subject_column: str | None = None,
 ) -> Plan:
     """Plans the source as it is now. Writes nothing.
 
@@ -130,6 +131,7 @@ def make_plan(
         settings: How to read the archive.
         config_fp: Configuration fingerprint of the destination.
         only: The one object or folder of the source that is the archive; "" for all of it.
+        subject_column: Parquet column with subjects; units are cut between them where that is possible.
 
     Raises:
         UserError: The source holds nothing that can be protected.
@@ -139,7 +141,7 @@ def make_plan(
     fresh = [item for item in listing if (item.key, item.etag) not in earlier.covered]
     number = earlier.next_number
     columns = earlier.columns
-    indexes, unreadable = _index_all(source, fresh, settings)
+    indexes, unreadable = _index_all(source, fresh, settings, subject_column)
     new_plan_id = sha256_hex(canonical_json([[i.key, i.etag, i.units] for i in indexes] + [config_fp, number]))[:16]
     new: dict[str, ShardIndex] = {}
     shards = list(earlier.kept)
@@ -235,12 +237,12 @@ def _sources(destination: Store, shard: Shard) -> list[tuple[str, str]]:
 
 
 def _index_all(
-    source: Store, fresh: Sequence[ObjectInfo], settings: ArchiveSettings
+    source: Store, fresh: Sequence[ObjectInfo], settings: ArchiveSettings, subject_column: str | None
 ) -> tuple[list[ShardIndex], list[tuple[str, str]]]:
     indexes: list[ShardIndex] = []
     unreadable: list[tuple[str, str]] = []
     readers: dict[str, Callable[[Store, ObjectInfo, ArchiveSettings], ShardIndex]] = {
-        "parquet": index_parquet,
+        "parquet": partial(index_parquet, subject_column=subject_column),
         "tar": index_tar,
     }
 

@@ -12,6 +12,7 @@ from pipeline.errors import FatalWorkerError, StorageError, UserError
 from pipeline.job import Job, archive_store, code_version, destination_store, find_model, resolve
 from pipeline.manifest import Manifest, publish_success
 from pipeline.plan import Plan, Shard, bind, check_binding, load_index, make_plan, publish_plan, unit_ids
+from pipeline.shard_index import schema_from_text
 from pipeline.storage import Store, check_conditional_writes, same_or_nested
 from pipeline.units import RowRange, group_units
 from pipeline.verify.gate import at_current_rung
@@ -111,7 +112,14 @@ def prepare(config: JobConfig, *, dry_run: bool = False) -> tuple[Job, Plan]:
     if not dry_run:
         check_conditional_writes(destination)
     while True:
-        plan = make_plan(source, destination, config.job.archive, job.config_fp, only=job.source_key)
+        plan = make_plan(
+            source,
+            destination,
+            config.job.archive,
+            job.config_fp,
+            only=job.source_key,
+            subject_column=config.job.method.subject_column,
+        )
         _check_columns(config, plan)
         if dry_run:
             return job, plan
@@ -122,10 +130,14 @@ def prepare(config: JobConfig, *, dry_run: bool = False) -> tuple[Job, Plan]:
 
 
 def _check_columns(config: JobConfig, plan: Plan) -> None:
-    """Raises UserError if no new shard has a column by which the check groups images."""
-    check = config.job.check
-    there = {name for index in plan.indexes.values() for name in index.schema.names}
-    for column in (check.subject_column, check.class_column):
+    """Raises UserError if no shard has a column by which the method or the check groups images.
+
+    Some shards may lack it: an archive may hold folders of images beside its tables.
+    """
+    method, check = config.job.method, config.job.check
+    schemas = (schema_from_text(text) for text in plan.columns.values())
+    there = {column.metadata[b"fixative.source"].decode() for schema in schemas for column in schema}
+    for column in (method.subject_column, check.subject_column, check.class_column):
         if column is not None and plan.indexes and column not in there:
             raise UserError(f"no shard has the column '{column}'; there are: {', '.join(sorted(there)) or 'none'}")
 

@@ -114,8 +114,10 @@ def index_files(objects: Sequence[ObjectInfo], etag: str, settings: ArchiveSetti
     )
 
 
-def index_parquet(store: Store, item: ObjectInfo, settings: ArchiveSettings) -> ShardIndex:
-    """The index of a Parquet shard, from its footer alone.
+def index_parquet(
+    store: Store, item: ObjectInfo, settings: ArchiveSettings, subject_column: str | None = None
+) -> ShardIndex:
+    """The index of a Parquet shard, from its footer and the column of subjects, if one is named and there.
 
     Raises:
         UnreadableShard: It is no Parquet file, or has no image column.
@@ -127,6 +129,8 @@ def index_parquet(store: Store, item: ObjectInfo, settings: ArchiveSettings) -> 
             groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
             rows = [group.num_rows for group in groups]
             bytes_per_row = [group.total_byte_size // max(1, group.num_rows) for group in groups]
+            named = subject_column is not None and subject_column in schema.names
+            joined = _rows_of_one_subject(parquet, str(subject_column)) if named else set()
     except (pa.ArrowInvalid, OSError) as error:
         raise UnreadableShard(f"{store.url}/{item.key}: not a readable Parquet file ({error})") from error
     doubled = [name for name, count in Counter(schema.names).items() if count > 1]
@@ -151,9 +155,21 @@ def index_parquet(store: Store, item: ObjectInfo, settings: ArchiveSettings) -> 
         image_column=image,
         id_column=ids,
         other_images=settings.other_images,
-        units=cut_units(sizes, settings, breaks=starts),
+        units=cut_units(sizes, settings, breaks=starts, joined=joined),
         columns=schema_to_text(customer),
     )
+
+
+def _rows_of_one_subject(parquet: pq.ParquetFile, column: str) -> set[int]:
+    """Rows that name the subject of the row before; a row without one stands for itself."""
+    joined: set[int] = set()
+    row, last = 0, None
+    for batch in parquet.iter_batches(columns=[column]):  # a shard's column may be larger than what is kept of it
+        for subject in batch.column(0).to_pylist():
+            if subject is not None and subject == last:
+                joined.add(row)
+            row, last = row + 1, subject
+    return joined
 
 
 def find_image_column(schema: pa.Schema, wanted: str | None, where: str) -> str:

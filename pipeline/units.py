@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from pipeline.config import ArchiveSettings
 
@@ -11,13 +11,17 @@ RowRange = tuple[int, int]
 """First row and one past the last."""
 
 
-def cut_units(sizes: Sequence[int], settings: ArchiveSettings, breaks: Iterable[int] = ()) -> list[RowRange]:
+def cut_units(
+    sizes: Sequence[int], settings: ArchiveSettings, breaks: Iterable[int] = (), joined: Collection[int] = frozenset()
+) -> list[RowRange]:
     """Groups consecutive rows into units of at most ``unit_assets`` rows and ``unit_bytes`` bytes.
 
     Args:
         sizes: Source bytes of every row (an estimate is enough).
         settings: Limits of one unit. A row larger than the byte limit gets a unit of its own.
         breaks: Rows at which a new unit must begin (row groups of a Parquet file).
+        joined: Rows that show the subject of the row before. A full unit ends before its last subject, unless it
+            begins with it; so a subject between two breaks is cut only if it is larger than a unit.
 
     Returns:
         Ranges that cover every row once, in order.
@@ -25,15 +29,27 @@ def cut_units(sizes: Sequence[int], settings: ArchiveSettings, breaks: Iterable[
     forced = set(breaks)
     units: list[RowRange] = []
     start, held = 0, 0
+
+    def full(row: int) -> bool:
+        return row - start >= settings.unit_assets or held + sizes[row] > settings.unit_bytes
+
     for row, size in enumerate(sizes):
-        full = row - start >= settings.unit_assets or held + size > settings.unit_bytes
-        if row > start and (full or row in forced):
-            units.append((start, row))
-            start, held = row, 0
+        while row > start and (row in forced or full(row)):
+            cut = row if row in forced else _first_of_subject(row, start, joined)
+            units.append((start, cut))
+            start, held = cut, sum(sizes[cut:row])
         held += size
     if sizes:
         units.append((start, len(sizes)))
     return units
+
+
+def _first_of_subject(row: int, start: int, joined: Collection[int]) -> int:
+    """The row at which the subject of ``row`` begins; ``row`` itself where that is not after ``start``."""
+    first = row
+    while first > start and first in joined:
+        first -= 1
+    return first if first > start else row
 
 
 def group_units(units: Sequence[RowRange], row_groups: Sequence[int]) -> list[list[RowRange]]:

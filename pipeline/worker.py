@@ -76,13 +76,10 @@ def load_units(job: Job, shard: Shard, wanted: Sequence[str]) -> Iterator[Unit]:
 
 
 def _subjects(job: Job, unit: Unit) -> Sequence[str | None]:
-    """The subject of each row; None where the configuration names no column, or the row no subject."""
+    """The subject of each row; None where the configuration names no column, the shard has none, or the row is null."""
     column = job.config.job.method.subject_column
-    if column is None:
+    if column is None or column not in unit.customer.column_names:  # that some shard has it, the plan has seen
         return [None] * len(unit.assets)
-    if column not in unit.customer.column_names:
-        known = ", ".join(unit.customer.column_names) or "none"
-        raise FatalWorkerError(f"shard {unit.shard_id} has no column {column!r} of subjects; its columns: {known}")
     return [None if value is None else str(value) for value in unit.customer.column(column).to_pylist()]
 
 
@@ -130,8 +127,10 @@ class Optimizer:
         for asset in unit.healthy:
             asset.attempt, asset.device = attempt.number, self.device
         # An image that did not travel is large: it is decoded alone, so that one of them is in memory at a time.
-        together = [asset for asset in unit.healthy if asset.view is not None and not attempt.isolate]
-        self._protect_assets(together, unit.rung)
+        travelled = [asset for asset in unit.healthy if asset.view is not None]
+        for together in _subject_groups(travelled) if attempt.isolate else [travelled]:
+            if not attempt.isolate or attempt.enter_group(together[0].row):
+                self._protect_assets(together, unit.rung)
         for asset in unit.assets:
             if asset.failure is None and asset.delta is None and attempt.enter(asset.row):
                 self._protect_assets([asset], unit.rung)
@@ -217,6 +216,15 @@ class Optimizer:
     def _prompts(self, count: int) -> list[str] | None:
         prompt = self.job.config.job.method.prompt
         return None if prompt is None else [prompt] * count
+
+
+def _subject_groups(assets: Sequence[Asset]) -> list[list[Asset]]:
+    """The assets that share their subject with others, by subject, in the order of their first rows."""
+    subjects: dict[str, list[Asset]] = {}
+    for asset in assets:
+        if asset.subject is not None:
+            subjects.setdefault(asset.subject, []).append(asset)
+    return [group for group in subjects.values() if len(group) > 1]
 
 
 def _load_model(job: Job, chosen: type[ImageProtector[Any, Any]], device: str) -> Any:

@@ -33,6 +33,37 @@ def test_cut_units(sizes: list[int], unit_assets: int, unit_bytes: int, breaks: 
         assert full or middle in breaks
 
 
+@given(
+    st.lists(st.tuples(st.integers(1, 12), st.integers(0, 50)), max_size=12),
+    st.integers(1, 10),
+    st.integers(1, 120),
+    st.sets(st.integers(0, 70), max_size=4),
+)
+def test_a_subject_that_fits_into_a_unit_is_not_cut(
+    subjects: list[tuple[int, int]], unit_assets: int, unit_bytes: int, breaks: set[int]
+) -> None:
+    sizes = [size for count, size in subjects for _ in range(count)]
+    ends = list(accumulate(count for count, _ in subjects))
+    joined = set(range(len(sizes))) - {0, *ends}
+    units = cut_units(sizes, settings(unit_assets, unit_bytes), breaks, joined)
+    assert [row for low, high in units for row in range(low, high)] == list(range(len(sizes)))
+    for low, high in units:
+        assert 1 <= high - low <= unit_assets
+        assert high - low == 1 or sum(sizes[low:high]) <= unit_bytes
+        assert not breaks & set(range(low + 1, high))
+    cuts = sorted({0, *ends} | {row for row in breaks if row < len(sizes)})
+    for low, high in pairwise(cuts):  # a subject, or what lies of it between two breaks
+        if high - low <= unit_assets and sum(sizes[low:high]) <= unit_bytes:
+            assert any(start <= low and high <= end for start, end in units)
+    for low, middle in units[:-1]:  # no unit is smaller than it must be: what comes next does not fit into it
+        high = next(cut for cut in cuts if cut > middle)
+        assert middle in breaks or high - low > unit_assets or sum(sizes[low:high]) > unit_bytes
+
+
+def test_a_subject_that_began_its_unit_is_cut_where_the_unit_is_full() -> None:
+    assert cut_units([1] * 7, settings(unit_assets=3), joined={2, 3, 4, 5}) == [(0, 1), (1, 4), (4, 7)]
+
+
 def test_a_row_above_the_byte_limit_is_alone() -> None:
     assert cut_units([5, 100, 5, 5], settings(unit_bytes=10)) == [(0, 1), (1, 2), (2, 4)]
 

@@ -338,26 +338,3 @@ def test_originals_are_not_in_the_parts(tmp_path: Path) -> None:
     protected(tmp_path, files, method={"overrides": {"raise_on": 7}})
     stored = b"".join(tree(tmp_path / "out").values())
     assert all(data[60:200] not in stored for data in files.values())
-
-
-def test_images_of_one_subject_are_protected_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    names = ["cat", "dog", None, "cat", "dog", "cat"]
-    source = write_parquet(tmp_path / "in.parquet", [photo(n) for n in range(6)], {"who": names})
-    job, plan = prepare(job_config(source, tmp_path / "out", method={"subject_column": "who"}))
-    seen: list[list[int]] = []
-    work = FakeProtector._perturb
-
-    def perturb(protector: FakeProtector, batch: Batch, progress: Any) -> torch.Tensor:
-        seen.append(sorted(len(group) for group in batch.groups))
-        return work(protector, batch, progress)
-
-    monkeypatch.setattr(FakeProtector, "_perturb", perturb)
-    protect_shard(job, plan.shards[0])
-    assert seen == [[3], [2], [1]]  # a group is not cut, even where batches hold one image
-
-
-def test_a_column_of_subjects_that_is_not_there_stops_the_run(tmp_path: Path) -> None:
-    source = write_parquet(tmp_path / "in.parquet", [photo(0)], {"who": ["cat"]})
-    job, plan = prepare(job_config(source, tmp_path / "out", method={"subject_column": "subject"}))
-    with pytest.raises(FatalWorkerError, match=r"no column 'subject' of subjects; its columns: .*who"):
-        protect_shard(job, plan.shards[0])
