@@ -12,13 +12,14 @@ from matplotlib.ticker import ScalarFormatter
 from PIL import Image, ImageDraw
 
 from pipeline.compare.plan import Comparison, PlannedCustomization, PlannedTrial, Protection
-from pipeline.compare.results import Findings
+from pipeline.compare.results import Findings, worst_effect
 from pipeline.compare.store import Results
 from pipeline.errors import NotFound
+from pipeline.verify.difference import AMPLIFIED, difference
 from pipeline.verify.scores import Cell
+from pipeline.verify.tables import State
 from pipeline.verify.trial import LABELS, Pixels
 
-AMPLIFIED = 8
 _CELL, _LABEL, _TITLE, _GAP = 144, 120, 34, 4
 
 
@@ -29,27 +30,35 @@ def plot(found: Findings, file: Path) -> None:
     for place, attack in enumerate(comparison.attacks):
         axes = figure.add_subplot(1, len(comparison.attacks), place + 1)
         axes.axhline(0, color="0.6", linewidth=0.8)
+        hollow = ""
         for row in found.rows:
             table = row.tables.get(attack.label)
-            effect = None if table is None or table.summary is None else table.summary.worst_effect
-            if row.fidelity is None or effect is None:
+            effect = None if table is None else worst_effect(table)
+            if row.fidelity is None or table is None or effect is None:
                 continue
             x, y = row.fidelity.ciede2000, effect.value
             if effect.low is not None and effect.high is not None:
                 axes.plot([x, x], [effect.low, effect.high], color="0.5", linewidth=1.2)
-            axes.plot([x], [y], marker="o", linestyle="none")
+            (point,) = axes.plot([x], [y], marker="o", linestyle="none")
+            if table.state is not State.MEASURED:
+                point.set_markerfacecolor("none")
+                hollow = " (hollow: not to be read as a claim)"
             axes.annotate(row.method.label, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=8)
         axes.set_xscale("log")  # noise that destroys the photos is ten times as visible as the rest
         axes.xaxis.set_major_formatter(ScalarFormatter())
         axes.margins(x=0.15)
-        axes.set_title(attack.label)
+        axes.set_title(attack.label + hollow)
         axes.set_xlabel("visibility: mean CIEDE2000 to the original")
         axes.set_ylabel("worst-case effect: share of the gain prevented")
     figure.savefig(file, dpi=140)
 
 
 def sheet(found: Findings, results: Results, file: Path) -> None:
-    """Draws, for the first subject and each method: original, protected, difference, and what attacks make of them."""
+    """Draws, for the first subject and each method: original, protected, difference, and what attacks make of them.
+
+    Raises:
+        ValueError: every method has failed.
+    """
     comparison, subject = found.comparison, found.comparison.subjects[0]
     protections = [item for item in comparison.protections() if item.subject.name == subject.name]
     failed = {row.method.label for row in found.rows if row.failed is not None}
@@ -57,7 +66,7 @@ def sheet(found: Findings, results: Results, file: Path) -> None:
         (item.method.label, _line(comparison, results, item)) for item in protections if item.method.label not in failed
     ]
     if not lines:
-        return
+        raise ValueError("every method has failed: there is nothing to draw")
     columns = [title for title, _ in lines[0][1]]
     size = (_LABEL + len(columns) * (_CELL + _GAP), _TITLE + len(lines) * (_CELL + _GAP))
     drawn = Image.new("RGB", size, "white")
@@ -80,7 +89,7 @@ def _line(comparison: Comparison, results: Results, item: Protection) -> list[tu
     found: list[tuple[str, Pixels | None]] = [
         ("original", original),
         ("protected", protected),
-        (f"difference x{AMPLIFIED}", _difference(original, protected)),
+        (f"difference x{AMPLIFIED}", difference(original, protected)),
     ]
     for trial in comparison.trials([item]):
         for label in _labels(trial, item, comparison.settings.purifiers):
@@ -106,12 +115,6 @@ def _first(results: Results, key: str, label: str, side: int) -> Pixels | None:
     except NotFound:
         return None
     return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))[:, :side]
-
-
-def _difference(left: Pixels, right: Pixels) -> Pixels:
-    """The change, amplified around middle grey."""
-    change = right.astype(np.int16) - left.astype(np.int16)
-    return np.clip(128 + AMPLIFIED * change, 0, 255).astype(np.uint8)
 
 
 def _wrapped(text: str, width: int = 26) -> str:

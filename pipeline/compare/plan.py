@@ -18,7 +18,7 @@ from pipeline.errors import UserError
 from pipeline.ids import asset_seed, fingerprint
 from pipeline.job import code_version, model_folder
 from pipeline.verify.attack_models import AttackModels, ModelKind, ModelMissing, with_embedded
-from pipeline.verify.campaign import folder_digest
+from pipeline.verify.campaign import DECIDING, folder_digest
 from pipeline.verify.customizers import CUSTOMIZERS, customizer
 from pipeline.verify.editors import EDITORS
 from pipeline.verify.metrics.base import weights_digest
@@ -27,9 +27,6 @@ from pipeline.verify.scores import NO_PURIFIER, Cell
 from pipeline.verify.trial import GENERATED, Attack, cells_of, needs_protected
 from protectors.model_files import ModelError, model_base_size
 from protectors.reference import NANO_EMBED, ReferenceModelError, reference_path
-
-DECIDING = ("torch", "diffusers", "transformers", "peft", "numpy")
-"""Libraries with another version of which pixels and scores may be others."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, median
@@ -11,8 +12,9 @@ import numpy as np
 from pipeline.compare.methods import Method
 from pipeline.compare.plan import AttackSpec, Comparison, PlannedCustomization, PlannedTrial
 from pipeline.compare.store import Protected, Results
-from pipeline.verify.bootstrap import Floats, Interval, Plan, Sample, figures_with_intervals, ratio
+from pipeline.verify.bootstrap import Floats, Interval, Plan, Sample, figures_with_intervals
 from pipeline.verify.cells import build_tables
+from pipeline.verify.contrasts import effect
 from pipeline.verify.report import EDITING
 from pipeline.verify.scores import NO_PURIFIER, Arranged, Cell, Grid, Score, arrange
 from pipeline.verify.tables import Question, State, Table
@@ -36,6 +38,16 @@ class Fidelity:
     time_ratio: float | None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Differences:
+    """One method's effects less another's."""
+
+    # By purifier, and WORST.
+    intervals: Mapping[str, Interval] = field(default_factory=dict)
+    # Why there is no WORST.
+    reason: str = ""
+
+
 @dataclass(slots=True, kw_only=True)
 class MethodResult:
     """One row of the comparison."""
@@ -48,8 +60,8 @@ class MethodResult:
     fidelity: Fidelity | None = None
     # By the attack's label.
     tables: dict[str, Table] = field(default_factory=dict)
-    # By the attack's label, and purifier or WORST: its effect less that of the method it is held against.
-    differences: dict[str, dict[str, Interval]] = field(default_factory=dict)
+    # By the attack's label: its effects less those of the method it is held against.
+    differences: dict[str, Differences] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +73,8 @@ class Findings:
     rows: Sequence[MethodResult]
     # Label of the method that all others are held against.
     against: str | None
+    # Attack, what it was made on and the error, of every trial that failed.
+    failed_trials: Sequence[str] = ()
 
 
 def gather(
@@ -104,12 +118,21 @@ def gather(
             for label, table in row.tables.items():
                 sides = (scores[row.method.label, label], scores[other.method.label, label])
                 row.differences[label] = differences(sides, (table, other.tables[label]))
-    return Findings(comparison=comparison, rows=rows, against=against)
+    errors = [f"{_about(trial)}: {error}" for trial in trials if (error := results.error(trial.key)) is not None]
+    return Findings(comparison=comparison, rows=rows, against=against, failed_trials=errors)
 
 
 def question_of(attack: AttackSpec) -> Question:
     """What is asked of an attack's scores."""
     return EDITING if attack.preset is None else QUESTION
+
+
+def _about(trial: PlannedTrial) -> str:
+    """Attack, method, subject and purifier of a trial, in words."""
+    method = "clean photos" if trial.protection is None else trial.protection.method.label
+    if isinstance(trial, PlannedCustomization):
+        return f"{trial.attack.label} of {trial.subject.name}, {method}, purifier {trial.purifier}"
+    return f"{trial.attack.label} of {trial.protection.subject.name}/{trial.photo}, {method}"
 
 
 def _concerns(trial: PlannedTrial, attack: AttackSpec, method: Method) -> bool:
@@ -136,30 +159,46 @@ def _fidelity(protected: Mapping[str, Protected], first: Mapping[str, float]) ->
     )
 
 
-def differences(sides: tuple[Sequence[Score], Sequence[Score]], tables: tuple[Table, Table]) -> dict[str, Interval]:
+def worst_effect(table: Table) -> Interval | None:
+    """The smallest effect over none and all purifiers that count; None where `why_no_worst` says so."""
+    return None if table.summary is None or why_no_worst(table) else table.summary.worst_effect
+
+
+def why_no_worst(table: Table) -> str:
+    """Why a table has no worst case; "" where it has one.
+
+    A purifier that ruins clean photos too is in none. One that was not measured might be the worst.
+    """
+    if missing := [row.purifier for row in table.rows if row.clean is None]:
+        return f"not measured: {', '.join(missing)}"
+    if missing := [row.purifier for row in table.rows if row.state is State.MEASURED and row.effect is None]:
+        return f"no effect: {', '.join(missing)}"
+    return ""
+
+
+def differences(sides: tuple[Sequence[Score], Sequence[Score]], tables: tuple[Table, Table]) -> Differences:
     """The first method's effect less the second's, per purifier and in the worst case, paired by subject.
 
-    An effect is the share of the attacker's gain that is prevented, (B - D) / (B - F). Above zero the first protects
-    better. All subjects of a resample are the same for both.
+    An effect is the share of the attacker's gain that is prevented. Above zero the first protects better. All
+    subjects of a resample are the same for both.
 
     Args:
         sides: scores of the two methods under one attack.
-        tables: their tables; purifiers that count in both are compared.
-
-    Returns:
-        By purifier, and WORST; nothing where there is no floor, or no subject in common.
+        tables: their tables; purifiers that count, and have an effect, in both are compared. There is a worst case
+            only if they are the same ones.
     """
-    question = tables[0].question
-    counted = [{row.purifier for row in table.rows if row.state is State.MEASURED} for table in tables]
-    names = [row.purifier for row in tables[0].rows if row.purifier in counted[0] & counted[1]]
+    if any(table.state is not State.MEASURED for table in tables):
+        return Differences(reason="one of the two tables is not to be read as a claim")
+    counted = [[row.purifier for row in table.rows if row.state is State.MEASURED and row.effect is not None]
+               for table in tables]  # fmt: skip
+    names = [name for name in counted[0] if name in counted[1]]
     if NO_PURIFIER not in names:
-        return {}
-    first, second = (arrange(Grid(scores), names, sign=question.sign) for scores in sides)
-    if first is None or second is None or any((Cell.FLOOR, NO_PURIFIER) not in one.places for one in (first, second)):
-        return {}
-    units = [unit for unit in first.units if unit in second.units]
-    if not units:
-        return {}
+        return Differences(reason="one of the two has no effect without a purifier")
+    sign = tables[0].question.sign
+    first, second = (arrange(Grid(scores), names, sign=sign) for scores in sides)
+    units = [unit for unit in first.units if unit in second.units] if first and second else []
+    if first is None or second is None or not units:
+        return Differences(reason="no subject was measured for both")
     values = [one.sample.means[[one.units.index(unit) for unit in units]] for one in (first, second)]
     width = values[0].shape[1]
 
@@ -168,7 +207,16 @@ def differences(sides: tuple[Sequence[Score], Sequence[Score]], tables: tuple[Ta
         right = _effects(drawn[..., width:], second, names)
         return {name: left[name] - right[name] for name in left}
 
-    return figures_with_intervals(Sample.of_units(np.concatenate(values, axis=1)), statistic, Plan())
+    found = figures_with_intervals(Sample.of_units(np.concatenate(values, axis=1)), statistic, Plan())
+    # Over the subjects that both share, an attack may gain nothing that it gained over all.
+    finite = {name: interval for name, interval in found.items() if math.isfinite(interval.value)}
+    if why := next(filter(None, map(why_no_worst, tables)), ""):
+        finite.pop(WORST, None)
+        return Differences(intervals=finite, reason=f"one of the two has no worst case ({why})")
+    if set(counted[0]) != set(counted[1]):
+        finite.pop(WORST, None)
+        return Differences(intervals=finite, reason="not the same purifiers count for both")
+    return Differences(intervals=finite, reason="" if WORST in finite else "no gain on the subjects that both share")
 
 
 def _effects(drawn: Floats, arranged: Arranged, names: Sequence[str]) -> dict[str, Floats]:
@@ -178,5 +226,5 @@ def _effects(drawn: Floats, arranged: Arranged, names: Sequence[str]) -> dict[st
     effects = {}
     for name in names:
         clean, left = (means[:, arranged.places[cell, name]] for cell in (Cell.PURIFIED, Cell.PURIFIED_PROTECTED))
-        effects[name] = ratio(clean - left, clean - floor)
+        effects[name] = effect(clean, left, floor)
     return effects | {WORST: np.min(list(effects.values()), axis=0)}
