@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import numpy as np
 from PIL import Image
 from prefect.artifacts import create_image_artifact
 
+from flows.progress import observer
 from pipeline.ids import sha256_hex
 from pipeline.verify.difference import AMPLIFIED, difference
 from pipeline.verify.html import Strip
@@ -24,19 +26,25 @@ from pipeline.verify.trial import TrialResult
 STRIPS = 12  # groups and images that the local report shows
 PUBLIC = ("protected", "drawn from protected")
 """How the labels of pictures begin that follow from protected images alone; a difference would give originals away."""
+ABOUT = "about.json"
 THUMBNAIL = 96  # pixels of height in the artifact: it lies in a database
 
 
 def keep(result: TrialResult, pictures: Path) -> None:
-    """Every trial leaves a folder, within that of its group or image."""
+    """Every trial leaves a folder, whole or not at all, within that of its group or image."""
     shard_id, name = result.key.split("/")[-2:]
     folder = pictures / sha256_hex(f"{shard_id}|{result.title}")[:16]  # titles are customers' names
-    own = folder / name.removesuffix(".json")
-    own.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    unfinished, own = pictures.with_name(f"{pictures.name}.unfinished"), folder / name.removesuffix(".json")
+    for old in (unfinished, own):  # what a run left that was killed, and what an earlier one kept of this trial
+        if old.exists():
+            shutil.rmtree(old)
+    unfinished.mkdir()
     about = {"title": result.title, "unit": result.unit, "shard_id": shard_id, "row": result.row}
-    (folder / "about.json").write_text(json.dumps(about), encoding="utf-8")
+    (unfinished / ABOUT).write_text(json.dumps(about), encoding="utf-8")
     for label, data in result.pictures.items():
-        (own / f"{label}.png").write_bytes(data)
+        (unfinished / f"{label}.png").write_bytes(data)
+    unfinished.rename(own)
 
 
 def kept_trials(pictures: Path) -> int:
@@ -45,19 +53,36 @@ def kept_trials(pictures: Path) -> int:
 
 
 def read_strips(pictures: Path) -> list[Strip]:
-    """One strip per group or edited image, from the folders that trials left."""
-    folders = sorted(pictures.iterdir()) if pictures.is_dir() else []
-    return [_strip(folder) for folder in folders[:STRIPS]]
+    """One strip per group or edited image, from the folders that trials left; folders that cannot be read are named."""
+    strips: list[Strip] = []
+    for folder in sorted(pictures.iterdir()) if pictures.is_dir() else []:
+        if len(strips) == STRIPS or not any(folder.iterdir()):  # empty: a run was killed before its first trial
+            continue
+        try:
+            strips.append(_strip(folder))
+        except (OSError, ValueError, TypeError) as error:  # no file or no picture, no JSON, other fields
+            observer().note(f"left out of the page: the pictures in {folder} cannot be read ({error})")
+    return strips
 
 
 def _strip(folder: Path) -> Strip:
-    found = {file.stem: file.read_bytes() for file in sorted(folder.glob("*/*.png"), key=_place)}
+    found = {file.stem: _whole(file) for file in sorted(folder.glob("*/*.png"), key=_place)}
     if "original" in found and "protected" in found:
         changed = {f"difference x{AMPLIFIED}": _difference(found["original"], found["protected"])}
         first = {name: found.pop(name) for name in ("original", "protected")}
         found = first | changed | found
-    about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
-    return Strip(**about, pictures=found)
+    about = sorted(folder.glob(f"*/{ABOUT}"))
+    if not about:
+        raise FileNotFoundError(f"no {ABOUT}")
+    return Strip(**json.loads(about[0].read_text(encoding="utf-8")), pictures=found)  # they are equal
+
+
+def _whole(file: Path) -> bytes:
+    """The bytes of a picture file, decoded once to see that none are missing."""
+    data = file.read_bytes()
+    with Image.open(io.BytesIO(data)) as picture:
+        picture.load()
+    return data
 
 
 def _place(file: Path) -> tuple[bool, str]:

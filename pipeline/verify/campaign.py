@@ -8,8 +8,10 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 from itertools import islice
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from pipeline.config import AttackSettings, VerifyConfig
 from pipeline.decode import DecodeLimits
@@ -24,13 +26,16 @@ from pipeline.verify.customizers import customizer
 from pipeline.verify.edit_trial import EditTrial
 from pipeline.verify.editors import EDITORS
 from pipeline.verify.editors.base import Edit
-from pipeline.verify.groups import DEFAULT_CLASS, Candidate
+from pipeline.verify.groups import DEFAULT_CLASS, LEAST_LIKENESS, Candidate
 from pipeline.verify.purifiers import PURIFIERS, check_purifiers
 from pipeline.verify.specimens import Specimens
 from pipeline.verify.trial import Attack, Trial, cells_of
 from pipeline.verify.trials import Selection, shard_trials, squares
 from protectors.model_files import ModelError, model_base_size
-from protectors.reference import ReferenceModelError
+from protectors.reference import NANO_EMBED, ReferenceModelError, reference_path
+
+DECIDING = ("torch", "diffusers", "transformers", "peft", "numpy")
+"""Libraries with another version of which pixels and scores may be others."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +53,8 @@ class Campaign:
     """A resolved verification. Plain data: it is sent to every process of the run."""
 
     config: VerifyConfig
-    # Names everything that decides the numbers: settings, the attacker's checkpoints, the shards, the code.
+    # Names everything that decides the numbers: settings and what their names stand for, the attacker's checkpoints and
+    # the model that judges, the shards, the code and its libraries.
     campaign_id: str
     attack: Attack
     # Of the checkpoints that the attacks load, by kind.
@@ -118,10 +124,14 @@ def plan_campaign(config: VerifyConfig) -> tuple[Campaign, list[Target]]:
     digests = {str(kind): folder_digest(folders[kind]) for kind in models if _uses(settings, kind, models)}
     fields = {
         "attack": settings.model_dump(mode="json", exclude={"models"}),
+        "parameters": _parameters(settings),
         "models": digests,
+        "embedder": folder_digest(reference_path(NANO_EMBED)),
+        "least_likeness": LEAST_LIKENESS,
         "shards": [[target.shard.shard_id, target.manifest.logical_sha256] for target in targets],
         "config": binding["config_fingerprint"],
         "code": code_version(),
+        "versions": {name: version(name) for name in DECIDING},
     }
     campaign = Campaign(
         config=config,
@@ -167,6 +177,16 @@ def _check_attacks(settings: AttackSettings, models: Mapping[ModelKind, str]) ->
             raise ModelMissing(EDITORS[name].needs)
     if not settings.groups and not settings.edited:
         raise UserError("nothing to attack: ask for --groups or --edited images")
+
+
+def _parameters(settings: AttackSettings) -> dict[str, Any]:
+    """What the names of presets, purifiers and editors stand for in this version."""
+    chosen = customizer(settings.customizer, settings.customizer_preset, settings.customizer_overrides)
+    return {
+        "customizer": chosen.parameters(),
+        "purifiers": {name: PURIFIERS[name].parameters() for name in settings.purifiers},
+        "editors": {name: EDITORS[name].parameters() for name in settings.editors},
+    }
 
 
 def _uses(settings: AttackSettings, kind: ModelKind, models: Mapping[ModelKind, str]) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,12 @@ from pipeline.errors import IntegrityError, UserError
 from pipeline.plan import Shard
 from pipeline.shard_index import schema_to_text
 from pipeline.storage import StorageOptions, open_store
+from pipeline.verify import campaign
 from pipeline.verify.campaign import Campaign, Target, folder_digest, plan_campaign
+from pipeline.verify.editors import EDITORS
 from pipeline.verify.editors.drawn_cases import write_case_set
+from pipeline.verify.purifiers import PURIFIERS
+from protectors.reference import reference_path
 from tests.e2e.archives import fill, parquet_file, picture
 from tests.e2e.command import FAKE, contents, fixative
 from tests.protectors.tiny import save_tiny_model
@@ -288,6 +293,26 @@ def test_a_campaign_is_named_by_what_decides_its_numbers(archive: Path, tiny: Pa
     # A checkpoint that is only there for others does not count.
     assert list(others[0][0].digests) == ["latent"]
     assert list(others[3][0].digests) == ["latent", "pixel"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda patch: patch.setattr(campaign, "LEAST_LIKENESS", 0.5),
+        lambda patch: patch.setattr(campaign, "version", lambda name: f"another {name}"),
+        lambda patch: patch.setattr(campaign, "PURIFIERS", {**PURIFIERS, "jpeg75": PURIFIERS["jpeg50"]}),
+        lambda patch: patch.setattr(campaign, "EDITORS", {**EDITORS, EDITOR: EDITORS["sdedit-0.5-quick"]}),
+        lambda patch: patch.setattr(campaign, "reference_path", lambda name: reference_path("nano-ddpm")),
+    ],
+    ids=["likeness", "libraries", "purifier", "editor", "embedder"],
+)
+def test_another_version_of_what_decides_the_numbers_is_another_campaign(
+    archive: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[pytest.MonkeyPatch], None]
+) -> None:
+    name = planned(archive, tiny)[0].campaign_id
+    assert planned(archive, tiny)[0].campaign_id == name
+    change(monkeypatch)
+    assert planned(archive, tiny)[0].campaign_id != name
 
 
 def test_a_digest_changes_with_every_defining_file_and_its_name(tmp_path: Path) -> None:

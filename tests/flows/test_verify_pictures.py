@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import itertools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from PIL import Image
 
 from flows import verify_pictures
+from flows.progress import Silent
 from flows.verify_pictures import THUMBNAIL, keep, kept_trials, publish_strip, read_strips
 from pipeline.verify.editors import EDITORS
 from pipeline.verify.html import Strip
@@ -66,6 +68,79 @@ def test_nothing_public_makes_no_artifact(created: list[dict[str, Any]]) -> None
     assert created == []
 
 
+def result(name: str, pictures: dict[str, bytes], *, title: str = "cat.png") -> TrialResult:
+    score = Score(attack="e", metric="m", unit=f"shard/{title}", cell=Cell.CLEAN, purifier=NO_PURIFIER, image="0",
+                  value=1)  # fmt: skip
+    return TrialResult(key=f"v/images/shard/{name}.json", title=title, scores=[score], pictures=pictures)
+
+
+class Notes(Silent):
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.texts.append(text)
+
+
+@pytest.fixture
+def notes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    found = Notes()
+    monkeypatch.setattr(verify_pictures, "observer", lambda: found)
+    return found.texts
+
+
+def test_a_trial_leaves_its_pictures_whole_or_not_at_all(
+    tmp_path: Path, notes: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pictures = tmp_path / "campaign"
+    keep(result("a-one", {"protected": picture(PUBLIC)}), pictures)
+    write = Path.write_bytes
+
+    def killed(path: Path, data: bytes) -> int:
+        if path.stem == "second":
+            raise KeyboardInterrupt
+        return write(path, data)
+
+    two = {"first": picture(PUBLIC), "second": picture(PUBLIC)}
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", killed)
+        for title in ("cat.png", "another.png"):
+            with pytest.raises(KeyboardInterrupt):
+                keep(result("a-two", two, title=title), pictures)
+    assert kept_trials(pictures) == 1
+    assert [list(found.pictures) for found in read_strips(pictures)] == [["protected"]]
+    for _ in range(2):  # a trial whose result was lost runs again
+        keep(result("a-two", two), pictures)
+    assert kept_trials(pictures) == 2
+    assert [list(found.pictures) for found in read_strips(pictures)] == [["first", "protected", "second"]]
+    assert [path.name for path in tmp_path.iterdir()] == ["campaign"]
+    assert notes == []
+
+
+def spoil(trial: Path, kind: str) -> None:
+    about = trial / "about.json"
+    if kind == "no about":
+        about.unlink()
+    elif kind == "cut about":
+        about.write_text('{"title": ')
+    elif kind == "older about":
+        about.write_text(json.dumps({"title": "x", "shard_id": "s", "row": ""}))
+    else:
+        data = (trial / "protected.png").read_bytes()
+        (trial / "protected.png").write_bytes(data[: len(data) // 2 if kind == "cut picture" else 0])
+
+
+@pytest.mark.parametrize("kind", ["no about", "cut about", "older about", "cut picture", "empty picture"])
+def test_pictures_that_cannot_be_read_are_left_out_and_named(tmp_path: Path, notes: list[str], kind: str) -> None:
+    for title in ("good.png", "ill.png"):
+        keep(result("a-one", {"protected": picture(PUBLIC)}, title=title), tmp_path)
+    (ill,) = (path.parent for path in tmp_path.glob("*/*/about.json") if "ill.png" in path.read_text())
+    spoil(ill, kind)
+    assert [found.title for found in read_strips(tmp_path)] == ["good.png"]
+    (note,) = notes
+    assert str(ill.parent) in note
+
+
 def test_a_strip_has_the_pictures_of_all_trials_of_its_unit_and_its_name_in_tables(tmp_path: Path) -> None:
     editors = list(itertools.islice(EDITORS, 2))
     for editor in editors:
@@ -77,9 +152,9 @@ def test_a_strip_has_the_pictures_of_all_trials_of_its_unit_and_its_name_in_tabl
             "protected": picture(PUBLIC),
             f"protected edited by {editor}": picture(PUBLIC),
         }
-        result = TrialResult(key=f"v/images/shard/0f-{editor}.json", title="cat.png", row="cat.png", scores=[score],
+        made = TrialResult(key=f"v/images/shard/0f-{editor}.json", title="cat.png", row="cat.png", scores=[score],
                              pictures=pictures)  # fmt: skip
-        keep(result, tmp_path)
+        keep(made, tmp_path)
     assert kept_trials(tmp_path) == 2
     (found,) = read_strips(tmp_path)
     assert (found.title, found.unit, found.shard_id, found.row) == ("cat.png", "shard/0f", "shard", "cat.png")
