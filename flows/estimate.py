@@ -1,10 +1,10 @@
-"""What a job will cost, measured on some of its own images for a few optimizer steps."""
+"""What a job will cost, measured on one of its own images: for a few optimizer steps, or in full."""
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,10 @@ from pipeline.readers import read_units
 from pipeline.run import open_units
 from pipeline.scale import tile_boxes
 from pipeline.worker import Optimizer, optimizer_view
+from protectors.base import ImageProtector
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 TRIAL_STEPS = (1, 4)  # two lengths tell the cost of a step from what comes once per image
 TRIAL_IMAGES = 4
@@ -31,23 +35,22 @@ class Estimate:
 
 
 def estimate(job: Job, plan: Plan) -> Estimate:
-    """Times a few steps on the first images of the plan and multiplies.
+    """Times the method on an image of the plan's first unit and multiplies.
 
     Decoding, encoding and the check are left out: they run beside the optimizer.
     """
     open_assets = _open_assets(job, plan)
-    steps = int(job.ladder[0].get("steps", 0))
-    views = _first_views(job, plan) if open_assets and steps else []
+    views = _first_views(job, plan) if open_assets else []
     if not views:
         why = "nothing is left to do" if not open_assets else "no image of the first unit can be read"
-        return Estimate(open_assets, f"no estimate: {why if steps else 'the method has no steps'}")
-    once, per_step, device = _tile_seconds(job, views[0])
+        return Estimate(open_assets, f"no estimate: {why}")
+    cost = _tile_cost(job, views[0])
     tiles = float(np.mean([len(tile_boxes(view.shape[0], view.shape[1], job.base_size)) for view in views]))
-    seconds = tiles * (once + per_step * steps)
+    seconds = tiles * cost.seconds
     text = (
-        f"estimate: {seconds:.2f} s per image on one {device} actor of this machine, one image at a time, and "
-        f"{seconds * open_assets / 3600:.2f} actor-hours in all ({steps} steps on {tiles:.0f} tiles, "
-        f"from {TRIAL_STEPS} steps on one)"
+        f"estimate: {seconds:.2f} s per image on one {cost.device} actor of this machine, one image at a time, and "
+        f"{seconds * open_assets / 3600:.2f} actor-hours in all ({cost.steps} steps on {tiles:.0f} tiles, "
+        f"from {cost.measured})"
     )
     return Estimate(open_assets, text)
 
@@ -79,23 +82,45 @@ def _first_views(job: Job, plan: Plan) -> list[npt.NDArray[np.uint8]]:
     return views
 
 
-def _tile_seconds(job: Job, view: npt.NDArray[np.uint8]) -> tuple[float, float, str]:
-    """Seconds per tile, seconds per tile and step, and the device they were measured on."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _TileCost:
+    seconds: float
+    # Of the optimizer, over all rounds and stages of the method.
+    steps: int
+    device: str
+    # How it was found.
+    measured: str
+
+
+def _tile_cost(job: Job, view: npt.NDArray[np.uint8]) -> _TileCost:
+    """What the view's first tile takes: two short trials where the method has a field ``steps``, else one in full."""
     import torch
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()  # the weights load in a moment; a bar would tear the plan apart
     run = job.config.run
     device = run.device if run.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+    protector = Optimizer(job, device).protectors[0]
     box = tile_boxes(view.shape[0], view.shape[1], job.base_size)[0]
     tile = torch.from_numpy(view[: box.height, : box.width].copy()).permute(2, 0, 1)[None].float() / 255
-    times: dict[int, float] = {}
-    for steps in (TRIAL_STEPS[0], *TRIAL_STEPS):  # the first call warms caches
-        trial = dataclasses.replace(job, ladder=({**job.ladder[0], "steps": steps},))
-        protector = Optimizer(trial, device).protectors[0]
-        started = time.monotonic()
-        protector.protect(tile, seeds=[0])
-        times[steps] = time.monotonic() - started
+    if "steps" not in job.ladder[0]:
+        how = "one tile with the preset's full settings, as the method has no field `steps` to shorten a trial by"
+        return _TileCost(seconds=_seconds(protector, tile), steps=protector.steps, device=device, measured=how)
     short, long = TRIAL_STEPS
+    trials = {n: type(protector)(protector.config.replace(steps=n), protector.model) for n in TRIAL_STEPS}
+    _seconds(trials[short], tile)  # warms caches
+    times = {n: _seconds(trial, tile) for n, trial in trials.items()}
     per_step = max(0.0, (times[long] - times[short]) / (long - short))
-    return max(0.0, times[short] - short * per_step), per_step, device
+    once = max(0.0, times[short] - short * per_step)
+    return _TileCost(
+        seconds=once + per_step * protector.config.steps,
+        steps=protector.steps,
+        device=device,
+        measured=f"trials with steps={short} and steps={long} on one",
+    )
+
+
+def _seconds(protector: ImageProtector[Any, Any], tile: Tensor) -> float:
+    started = time.monotonic()
+    protector.protect(tile, seeds=[0])
+    return time.monotonic() - started
