@@ -89,7 +89,9 @@ def protect(
     subject_column: Annotated[
         str | None,
         option(
-            "--subject-column", panel=METHOD, help="Names each image's subject, for methods that train on all of it."
+            "--subject-column",
+            panel=METHOD,
+            help="Names each image's subject, for methods that train on all of it; sort the archive by it.",
         ),
     ] = None,
     seed: Annotated[int | None, option("--seed", panel=METHOD, help="Base seed. [default: 0]")] = None,
@@ -226,7 +228,12 @@ def verify(
     subject_column: Annotated[str | None, typer.Option("--subject-column", help="Names each image's subject.")] = None,
     class_column: Annotated[str | None, typer.Option("--class-column", help='Names its class, e.g. "dog".')] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", help="Folder of this machine for a page with pictures (they show originals)")
+        Path | None,
+        typer.Option(
+            "--out",
+            help="Folder of this machine for a page with pictures (they show originals). A small strip of public ones, "
+            "protected images and what was drawn from them, goes into Prefect's database.",
+        ),
     ] = None,
     actors: Annotated[int | None, typer.Option("--actors", help="Attackers. [default: one per GPU or core]")] = None,
     single_writer: Annotated[

@@ -60,12 +60,12 @@ class MethodSettings(_Settings):
     precision: Precision = "float32"
     # Caption used for every image by methods that condition on text. None: the method's own.
     prompt: str | None = None
-    # Column that names the subject of an image. Methods that train a surrogate (aspl, fsmg, simac, metacloak) then
-    # train one per subject, on those of its images that have one shape and lie in one unit; rows without a subject, and
-    # shards without the column, one per image. Sort the archive by it and let `archive.unit_assets` and `unit_bytes`
-    # hold the largest subject: in Parquet shards units are then cut between subjects (a row group always ends one).
-    # Groups become smaller where memory runs out (halved), where an image kills its worker (single from then on), and
-    # where decoded images of a unit exceed 256 MB (with `native`; those beyond are protected alone).
+    # Column that names the subject of an image. Methods that train a surrogate (aspl, fsmg, simac, metacloak;
+    # anti_diffusion with share=group) then train one per subject, on those of its images that have one shape and lie
+    # in one unit; rows without a subject, and shards without the column, one per image. Sort the archive by it and let
+    # `archive.unit_assets` and `unit_bytes` hold the largest subject: in Parquet shards units are then cut between
+    # subjects (a row group always ends one). Groups become smaller where memory runs out (halved), where a worker died
+    # on one (its images go single), and where the decoded images of a unit exceed 256 MB (those beyond go single).
     subject_column: str | None = None
 
 
