@@ -6,13 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from protectors.base import Batch, ImageProtector
 from protectors.config import PgdConfig
 from protectors.diffusion import DiffusionModel
-from protectors.objectives import denoising_loss, draw, embed_prompts, latent_denoising_loss
+from protectors.objectives import denoising_loss, draw, embed_prompts, mean_denoising_loss
 from protectors.pgd import PgdPlan, Progress, pgd, start_of
 from protectors.randomness import streams
 
@@ -84,11 +83,5 @@ class AdvDM(ImageProtector[AdvDMConfig, DiffusionModel]):
     def _objective(self, images: Tensor, batch: Batch) -> Tensor:
         generators = streams(batch.seeds, "advdm/evaluation")
         embeddings = embed_prompts(self.model, batch, self.config.prompt)
-        moments = self.model.encode_moments(images)
-        losses = []
-        for _ in range(self.config.eval_draws):
-            draws = draw(self.model, images, generators)
-            latents = self.model.latents(moments, draws.posterior)
-            losses.append(latent_denoising_loss(self.model, latents, embeddings, draws))
-        mean = torch.stack(losses).mean(0)
+        mean = mean_denoising_loss(self.model, images, embeddings, generators, self.config.eval_draws)
         return mean if self.config.sign == "+" else -mean

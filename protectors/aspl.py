@@ -20,7 +20,7 @@ class ASPLConfig(SurrogateConfig):
     """Fields of ``SurrogateConfig`` and the turns of training and attack."""
 
     # Sign steps per round; an image gets ``rounds`` times as many.
-    steps: int = 6
+    pgd_steps: int = 6
     # Turns of the alternation. Time grows in proportion.
     rounds: int = 50
     # DreamBooth steps per round of the throw-away copy on the clean images, and of the surrogate on the perturbed.
@@ -29,6 +29,7 @@ class ASPLConfig(SurrogateConfig):
 
     def check(self) -> None:
         SurrogateConfig.check(self)
+        require(self.pgd_steps >= 1, "pgd_steps", self.pgd_steps, "use 1 or more")
         require(self.rounds >= 1, "rounds", self.rounds, "use 1 or more")
         require(self.clean_steps >= 0, "clean_steps", self.clean_steps, "use 0 or more")
         require(self.perturbed_steps >= 0, "perturbed_steps", self.perturbed_steps, "use 0 or more")
@@ -56,16 +57,19 @@ class ASPL(SubjectProtector[ASPLConfig]):
         surrogate is gone when ``protect`` returns.
 
     Raises:
-        ValueError: bad input or configuration; a full surrogate on a model that is not float32. ModelError: the model
-        is no ``DiffusionModel``.
+        ValueError: bad input or configuration. ModelError: the model is no ``DiffusionModel``, or not in float32 for
+        a full surrogate.
 
     Cost: per step one encoder and one UNet pass, forward and backward; per round and subject ``clean_steps`` and
-        ``perturbed_steps`` UNet and text encoder passes with weight gradients.
+        ``perturbed_steps`` UNet and text encoder passes with weight gradients. A full surrogate takes memory for four
+        copies of the UNet and the text encoder on the device (weights, gradients, two moments) and two beside it, in
+        main memory; low-rank deltas take next to nothing.
 
     Differs from the paper: the copy learns clean versions of the very images that are protected, where the paper has
         other clean photos of the person: an archive has none. A prompt that the caller gives takes the place of the
         instance prompt; class images are latents that were never decoded. The public code begins each block of
-        training at the first image again and clips no gradient; here all images have their turn and clipping works.
+        training at the first image again and clips no gradient; here all images have their turn and clipping works,
+        and there is no switch back. Nothing is trained after the last sign step.
     """
 
     name = "aspl"
@@ -85,7 +89,7 @@ class ASPL(SubjectProtector[ASPLConfig]):
 
     @property
     def steps(self) -> int:
-        return self.config.rounds * self.config.steps
+        return self.config.rounds * self.config.pgd_steps
 
     def _attack(self, school: DreamBooth, tick: Callable[[], None]) -> Tensor:
         generators = streams(school.batch.seeds, "aspl/attack")
@@ -93,7 +97,10 @@ class ASPL(SubjectProtector[ASPLConfig]):
         def loss(images: Tensor, embeddings: Tensor) -> Tensor:
             return denoising_loss(self.model, images, embeddings, draw(self.model, images, generators))
 
-        return alternate(school, self._start(school.batch), lambda x: self._climb(school, x, loss, tick), self.config)
+        def climb(images: Tensor) -> Tensor:
+            return self._climb(school, images, loss, tick, steps=self.config.pgd_steps)
+
+        return alternate(school, self._start(school.batch), climb, self.config)
 
 
 def alternate(school: DreamBooth, images: Tensor, climb: Callable[[Tensor], Tensor], config: ASPLConfig) -> Tensor:
@@ -108,10 +115,12 @@ def alternate(school: DreamBooth, images: Tensor, climb: Callable[[Tensor], Tens
     Returns:
         The perturbed images.
     """
-    for _ in range(config.rounds):
-        surrogate = school.surrogates.state()
-        school.train(school.batch.originals, steps=config.clean_steps)
+    surrogate = school.surrogates.state()
+    for turn in range(config.rounds):
+        if turn > 0:
+            school.surrogates.load(surrogate)
+            school.train(images, steps=config.perturbed_steps)
+            surrogate = school.surrogates.state()
+        school.train(steps=config.clean_steps)
         images = climb(images)
-        school.surrogates.load(surrogate)
-        school.train(images, steps=config.perturbed_steps)
     return images

@@ -66,6 +66,12 @@ class Batch:
     """Places of the images that show one subject, one tuple per subject. Within it they are in the order of their
     seeds, so that results do not depend on the order of the batch."""
 
+    @property
+    def owners(self) -> tuple[int, ...]:
+        """Number of each image's group."""
+        number_of = {place: number for number, group in enumerate(self.groups) for place in group}
+        return tuple(number_of[place] for place in range(len(self.seeds)))
+
     def part(self, places: Sequence[int]) -> Batch:
         """The images at these places alone, which must be whole groups."""
         new = {place: number for number, place in enumerate(places)}
@@ -141,7 +147,8 @@ class ImageProtector(ABC, Generic[ConfigT, ModelT]):
         """Protects a batch; every image, or every group of them, as if it were alone.
 
         The input is rounded to 8 bit first, and the budget holds around that. An image for which the method
-        finds no finite result does not disturb the others: it comes back unchanged, with ``failed`` set.
+        finds no finite result comes back unchanged, with ``failed`` set. It can disturb images of its own group,
+        where a method trains on them together, and never those of other groups.
 
         Args:
             images: ``(B, 3, H, W)`` float32 in [0, 1], any device.

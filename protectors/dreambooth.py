@@ -5,27 +5,37 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from protectors.base import Batch
-from protectors.config import PgdConfig, require
+from protectors.config import ProtectorConfig, require
 from protectors.diffusion import DiffusionModel
-from protectors.objectives import draw, latent_denoising_loss
+from protectors.objectives import draw, draw_for, latent_denoising_loss
+from protectors.pgd import repaired
 from protectors.randomness import normal, streams
-from protectors.surrogate import SurrogateKind, Surrogates, group_seed
+from protectors.surrogate import SurrogateKind, Surrogates, subject_seeds
 
 _SAMPLING_STEPS = 50
 _GUIDANCE = 7.5
 _SAMPLED_TOGETHER = 8
 
+Moments = tuple[Tensor, Tensor]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SurrogateConfig(PgdConfig):
+class SurrogateConfig(ProtectorConfig):
     """Fields of methods that attack surrogates which they train by DreamBooth themselves."""
 
+    # Length of one sign step in 8-bit levels.
+    step_levels: float = 1.0
+    # Start at a uniform random point of the budget (True) or at the original (False).
     random_start: bool = False
+    # Draws for the objective that is measured before and after; more make the facts less noisy, never the pixels.
+    eval_draws: int = 8
     # "lora" trains low-rank deltas, those of all subjects of a batch at once; "full" trains all weights, one subject
     # after the other, which costs an optimizer's memory and needs a model in float32.
     surrogate: SurrogateKind = "lora"
@@ -48,7 +58,9 @@ class SurrogateConfig(PgdConfig):
     class_prompt: str = "a photo of person"
 
     def check(self) -> None:
-        PgdConfig.check(self)
+        ProtectorConfig.check(self)
+        require(0 < self.step_levels <= 255, "step_levels", self.step_levels, "use more than 0 (8-bit levels)")
+        require(self.eval_draws >= 1, "eval_draws", self.eval_draws, "use 1 or more")
         require(self.learning_rate > 0, "learning_rate", self.learning_rate, "use more than 0")
         require(self.clip_norm > 0, "clip_norm", self.clip_norm, "use more than 0")
         require(self.train_batch >= 1, "train_batch", self.train_batch, "use 1 or more")
@@ -61,13 +73,14 @@ class DreamBooth:
 
     L = L_ldm(images of the subject; "a photo of sks person") + w L_ldm(images of the class; "a photo of person"),
     equation 2 of the paper. Every subject goes through its images in its own shuffled order, which goes on from one
-    block of steps to the next, so that no image is left out however short the blocks are.
+    block of steps to the next, so that no image is left out however short the blocks are. Original and perturbed
+    images have an order each: with one for both, blocks in turn could leave the same images out of one kind for ever.
 
     Args:
         surrogates: one per group of the batch, in the order of ``batch.groups``.
         batch: the subjects' images, places and prompts.
         config: batch size, rate, clipping, prompts.
-        class_latents: ``(N, C, h, w)``; None trains without class images.
+        class_latents: ``(N, C, h, w)`` on the model's device; None trains without class images.
     """
 
     def __init__(
@@ -77,43 +90,58 @@ class DreamBooth:
         self._class_latents = class_latents
         subjects = range(len(batch.groups))
         self._owner_of_row = [subject for subject in subjects for _ in range(config.train_batch)]
-        seeds = subject_seeds(batch)
-        self._generators = streams(seeds, "dreambooth")
-        self._decks = [_Deck(*pair) for pair in zip(batch.groups, self._generators, strict=True)]
+        self._generators = streams(subject_seeds(batch), "dreambooth")
+        self.original_decks, self.perturbed_decks = self._decks(batch.groups), self._decks(batch.groups)
         numbers = range(0 if class_latents is None else len(class_latents))
-        self._class_decks = [_Deck(numbers, generator) for generator in self._generators]
+        self._class_decks = self._decks([numbers] * len(batch.groups))
 
     @property
     def model(self) -> DiffusionModel:
         return self.surrogates.model
 
-    def train(self, images: Tensor, *, steps: int, before_step: Callable[[int], None] | None = None) -> None:
-        """Trains on the images as they are now.
+    @cached_property
+    def original_moments(self) -> Moments:
+        """Of the VAE's posterior of the batch's originals, without graph."""
+        with torch.no_grad():
+            return self.model.encode_moments(self.batch.originals)
+
+    def train(
+        self, images: Tensor | None = None, *, steps: int, before_step: Callable[[int], None] | None = None
+    ) -> None:
+        """Trains on the originals, or on the images as they are now.
 
         Args:
-            images: ``(B, 3, H, W)`` in [0, 1], in the batch's order.
+            images: ``(B, 3, H, W)`` in [0, 1], in the batch's order; of one that is not finite the original is taken.
+                None is the originals.
             steps: AdamW steps with new moments.
             before_step: called with each step's number from 0, before the weights change.
         """
+        if steps == 0:
+            return
         config = self.config
-        with torch.no_grad():
-            moments = self.model.encode_moments(images)
+        if images is None:
+            moments, decks = self.original_moments, self.original_decks
+        else:
+            with torch.no_grad():
+                moments = self.model.encode_moments(repaired(images, self.batch.originals))
+            decks = self.perturbed_decks
 
         def loss(step: int) -> Tensor:
             if before_step is not None:
                 before_step(step)
-            return self.loss(moments)
+            return self.loss(moments, decks)
 
         with self.surrogates.owned(self._owner_of_row):
             self.surrogates.fit(loss, steps=steps, rate=config.learning_rate, clip=config.clip_norm)
 
-    def loss(self, moments: tuple[Tensor, Tensor]) -> Tensor:
+    def loss(self, moments: Moments, decks: Sequence[Deck]) -> Tensor:
         """L per surrogate ``(S,)`` at the next draws, inside ``owned`` of a training step's rows.
 
         Args:
             moments: of the VAE's posterior of the batch's images.
+            decks: deal places in the batch; one per subject.
         """
-        rows = [self._decks[owner].deal() for owner in self._owner_of_row]
+        rows = [decks[owner].deal() for owner in self._owner_of_row]
         generators = [self._generators[owner] for owner in self._owner_of_row]
         draws = draw(self.model, self.batch.originals, generators)
         mean, logvar = moments
@@ -124,7 +152,7 @@ class DreamBooth:
             return loss
         latents = self._class_latents[[self._class_decks[owner].deal() for owner in self._owner_of_row]]
         embeddings = self.surrogates.embed([self.config.class_prompt] * len(rows))
-        draws = draw(self.model, self.batch.originals, generators)
+        draws = draw_for(self.model, latents.shape[1:], generators)
         prior = self._per_subject(latent_denoising_loss(self.model, latents, embeddings, draws))
         return loss + self.config.prior_weight * prior
 
@@ -144,17 +172,19 @@ class DreamBooth:
             Embeddings of the images' prompts ``(B, L, D)``, without graph.
         """
         places = range(len(self.batch.seeds)) if places is None else places
-        owners = {place: subject for subject, group in enumerate(self.batch.groups) for place in group}
-        with self.surrogates.owned([owners[place] for place in places]):
+        with self.surrogates.owned([self.batch.owners[place] for place in places]):
             with torch.no_grad():
                 embeddings = self.surrogates.embed([self.prompts[place] for place in places])
             yield embeddings
+
+    def _decks(self, cards: Sequence[Sequence[int]]) -> list[Deck]:
+        return [Deck(*pair) for pair in zip(cards, self._generators, strict=True)]
 
     def _per_subject(self, losses: Tensor) -> Tensor:
         return losses.view(-1, self.config.train_batch).mean(1)
 
 
-class _Deck:
+class Deck:
     """Deals every card once in random order, then all of them again in a new one."""
 
     def __init__(self, cards: Sequence[int], generator: torch.Generator) -> None:
@@ -168,20 +198,27 @@ class _Deck:
         return self._left.pop()
 
 
-def subject_seeds(batch: Batch) -> list[int]:
-    """One number per group that its own draws follow from."""
-    return [group_seed([batch.seeds[place] for place in group]) for group in batch.groups]
+_drawn: WeakKeyDictionary[DiffusionModel, dict[tuple[str, int], Tensor]] = WeakKeyDictionary()
+
+
+def class_latents(model: DiffusionModel, prompt: str, count: int) -> Tensor:
+    """``draw_class_latents``, drawn once for as long as the model lives; on its device."""
+    known = _drawn.setdefault(model, {})
+    if (prompt, count) not in known:
+        known[prompt, count] = draw_class_latents(model, prompt, count).cpu()
+    return known[prompt, count].to(model.device)
 
 
 @torch.no_grad()
-def draw_class_latents(model: DiffusionModel, prompt: str, shape: tuple[int, int, int], count: int) -> Tensor:
+def draw_class_latents(model: DiffusionModel, prompt: str, count: int) -> Tensor:
     """Scaled latents ``(count, C, h, w)`` of images that the model draws itself; always the same ones.
 
-    50 DDIM steps with guidance 7.5. The published way decodes them and encodes the picture again; here they are
-    trained on as they are.
+    50 DDIM steps with guidance 7.5 at the size that the model was trained at. The published way decodes them and
+    encodes the picture again; here they are trained on as they are.
     """
     from diffusers import DDIMScheduler
 
+    shape = model.latent_shape(torch.empty(1, 3, model.base_size, model.base_size, device="meta"))
     abar = model.alphas_cumprod.double().cpu()
     betas = 1 - abar / torch.cat([torch.ones(1, dtype=torch.float64), abar[:-1]])
     scheduler = DDIMScheduler(

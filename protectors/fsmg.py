@@ -17,13 +17,16 @@ from protectors.subject import SubjectProtector
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FSMGConfig(SurrogateConfig):
-    """Fields of ``SurrogateConfig`` and the length of the training."""
+    """Fields of ``SurrogateConfig``, the number of sign steps and the length of the training."""
 
+    # Sign steps per image. Time grows in proportion.
+    steps: int = 100
     # DreamBooth steps on the clean images before the surrogate is frozen.
     training_steps: int = 100
 
     def check(self) -> None:
         SurrogateConfig.check(self)
+        require(self.steps >= 1, "steps", self.steps, "use 1 or more")
         require(self.training_steps >= 1, "training_steps", self.training_steps, "use 1 or more")
 
 
@@ -49,8 +52,8 @@ class FSMG(SubjectProtector[FSMGConfig]):
         surrogate is gone when ``protect`` returns.
 
     Raises:
-        ValueError: bad input or configuration; a full surrogate on a model that is not float32. ModelError: the model
-        is no ``DiffusionModel``.
+        ValueError: bad input or configuration. ModelError: the model is no ``DiffusionModel``, or not in float32 for
+        a full surrogate.
 
     Cost: per step one encoder and one UNet pass, forward and backward; before that ``training_steps`` UNet and text
         encoder passes per subject, with weight gradients.
@@ -85,7 +88,7 @@ class FSMG(SubjectProtector[FSMGConfig]):
     def _attack(self, school: DreamBooth, tick: Callable[[], None]) -> Tensor:
         batch = school.batch
         generators = streams(batch.seeds, "fsmg/attack")
-        school.train(batch.originals, steps=self.config.training_steps)
+        school.train(steps=self.config.training_steps)
         return self._climb(
             school,
             self._start(batch),
@@ -93,4 +96,5 @@ class FSMG(SubjectProtector[FSMGConfig]):
                 self.model, images, embeddings, draw(self.model, images, generators)
             ),
             tick,
+            steps=self.config.steps,
         )

@@ -21,8 +21,8 @@ from protectors.transforms import Transforms
 class MetaCloakConfig(SurrogateConfig):
     """Fields of ``SurrogateConfig``, the pool of snapshots, the loop over it and the transforms."""
 
-    # Sign steps per round.
-    steps: int = 6
+    # Sign steps per round; an image gets ``passes * snapshots * rounds`` times as many.
+    pgd_steps: int = 6
     # DreamBooth steps on the clean images along which the snapshots are taken.
     training_steps: int = 1000
     # States of the surrogate that are kept, evenly spread over the training; the first is the untrained model.
@@ -42,13 +42,14 @@ class MetaCloakConfig(SurrogateConfig):
 
     def check(self) -> None:
         SurrogateConfig.check(self)
-        for field in ("training_steps", "snapshots", "passes", "rounds"):
+        for field in ("pgd_steps", "training_steps", "snapshots", "passes", "rounds"):
             require(getattr(self, field) >= 1, field, getattr(self, field), "use 1 or more")
         require(self.unroll_steps >= 0, "unroll_steps", self.unroll_steps, "use 0 or more")
         enough = self.snapshots <= self.training_steps
         require(enough, "snapshots", self.snapshots, "use at most training_steps")
-        self.transforms()
+        _ = self.transforms  # refuses values that cannot work
 
+    @property
     def transforms(self) -> Transforms:
         """The distribution T of the paper."""
         return Transforms(flip=self.flip, blur_size=self.blur_size, resize_low=self.resize_low, jpeg_low=self.jpeg_low)
@@ -77,14 +78,17 @@ class MetaCloak(SubjectProtector[MetaCloakConfig]):
         ``eval_draws`` fixed draws: the surrogates are gone when ``protect`` returns.
 
     Raises:
-        ValueError: bad input or configuration; a full surrogate on a model that is not float32. ModelError: the model
-        is no ``DiffusionModel``.
+        ValueError: bad input or configuration. ModelError: the model is no ``DiffusionModel``, or not in float32 for
+        a full surrogate.
 
     Cost: per step one encoder and one UNet pass, forward and backward: 14,400 of them as published; per round and
-        subject ``unroll_steps`` UNet and text encoder passes with weight gradients.
+        subject ``unroll_steps`` UNet and text encoder passes with weight gradients. A full surrogate takes memory for
+        four copies of the UNet and the text encoder on the device (weights, gradients, two moments) and for
+        ``snapshots + 1`` beside it, in main memory; low-rank deltas take next to nothing.
 
     Differs from the paper: the flip is drawn per image, not per batch; the resize and crop to 512 pixels are the
-        pipeline's business; the surrogate learns the images without transforms. The inner attacker of the public
+        pipeline's business; the surrogate learns the images without transforms, and nothing after a snapshot's last
+        sign step. The inner attacker of the public
         code has radius 0 there and is left out. A prompt that the caller gives takes the place of the instance
         prompt; class images are latents that were never decoded.
     """
@@ -117,11 +121,11 @@ class MetaCloak(SubjectProtector[MetaCloakConfig]):
     @property
     def steps(self) -> int:
         config = self.config
-        return config.passes * config.snapshots * config.rounds * config.steps
+        return config.passes * config.snapshots * config.rounds * config.pgd_steps
 
     def _attack(self, school: DreamBooth, tick: Callable[[], None]) -> Tensor:
         config, batch = self.config, school.batch
-        generators, transforms = streams(batch.seeds, "metacloak/attack"), config.transforms()
+        generators, transforms = streams(batch.seeds, "metacloak/attack"), config.transforms
 
         def loss(images: Tensor, embeddings: Tensor) -> Tensor:
             pictures = transforms.draw(images, generators)(images)
@@ -132,22 +136,24 @@ class MetaCloak(SubjectProtector[MetaCloakConfig]):
         for _ in range(config.passes):
             for snapshot in snapshots:
                 school.surrogates.load(snapshot)
-                for _ in range(config.rounds):
-                    images = self._climb(school, images, loss, tick)
-                    school.train(images, steps=config.unroll_steps)
+                for turn in range(config.rounds):
+                    if turn > 0:
+                        school.train(images, steps=config.unroll_steps)
+                    images = self._climb(school, images, loss, tick, steps=config.pgd_steps)
         return images
 
     def _snapshots(self, school: DreamBooth) -> list[State]:
         """The surrogates' states along their training on the clean images."""
-        ages, kept = snapshot_ages(self.config.training_steps, self.config.snapshots), []
+        *ages, oldest = snapshot_ages(self.config.training_steps, self.config.snapshots)
+        kept = []
 
         def keep(step: int) -> None:
             if step in ages:
                 kept.append(school.surrogates.state())
 
         # What comes after the last snapshot is of no use.
-        school.train(school.batch.originals, steps=ages[-1] + 1, before_step=keep)
-        return kept
+        school.train(steps=oldest, before_step=keep)
+        return [*kept, school.surrogates.state()]
 
 
 def snapshot_ages(training_steps: int, snapshots: int) -> list[int]:

@@ -23,7 +23,7 @@ class Draws:
     """One sample per image of everything that is random in the denoising loss."""
 
     t: Tensor
-    """Timesteps ``(B,)`` int64, uniform over the schedule."""
+    """Timesteps ``(B,)`` int64, uniform over the schedule or a part of it."""
     noise: Tensor
     """Diffusion noise ``(B, C, h, w)``."""
     posterior: Tensor
@@ -32,9 +32,24 @@ class Draws:
 
 def draw(model: DiffusionModel, images: Tensor, generators: Sequence[torch.Generator]) -> Draws:
     """The next draws of each image's own generator, on the model's device."""
-    shape = model.latent_shape(images)
+    return draw_for(model, model.latent_shape(images), generators)
+
+
+def draw_for(
+    model: DiffusionModel,
+    shape: Sequence[int],
+    generators: Sequence[torch.Generator],
+    *,
+    t_range: tuple[int, int] | None = None,
+) -> Draws:
+    """As ``draw``, for latents of the shape (C, h, w).
+
+    Args:
+        t_range: first and last timestep that are drawn; None takes the whole schedule.
+    """
+    first, last = t_range or (0, model.schedule.timesteps - 1)
     return Draws(
-        t=integers(generators, 0, model.schedule.timesteps).to(model.device),
+        t=integers(generators, first, last + 1).to(model.device),
         noise=normal(generators, shape).to(model.device),
         posterior=normal(generators, shape).to(model.device),
     )
@@ -51,11 +66,30 @@ def denoising_loss(model: DiffusionModel, images: Tensor, embeddings: Tensor, dr
     return latent_denoising_loss(model, latents, embeddings, draws)
 
 
-def latent_denoising_loss(model: DiffusionModel, latents: Tensor, embeddings: Tensor, draws: Draws) -> Tensor:
-    """L_ldm per image for latents that are already at hand; ``draws.posterior`` is not used."""
+def latent_denoising_loss(
+    model: DiffusionModel, latents: Tensor, embeddings: Tensor, draws: Draws, *, target: Tensor | None = None
+) -> Tensor:
+    """L_ldm per image for latents that are already at hand; ``draws.posterior`` is not used.
+
+    Args:
+        target: what the prediction is compared with; None is what the UNet was trained to predict.
+    """
     noisy = model.add_noise(latents, draws.noise, draws.t)
-    error = model.predict(noisy, draws.t, embeddings) - model.target(latents, draws.noise, draws.t)
+    target = model.target(latents, draws.noise, draws.t) if target is None else target
+    error = model.predict(noisy, draws.t, embeddings) - target
     return error.square().flatten(1).mean(1)
+
+
+def mean_denoising_loss(
+    model: DiffusionModel, images: Tensor, embeddings: Tensor, generators: Sequence[torch.Generator], count: int
+) -> Tensor:
+    """Mean of L_ldm per image over the generators' next `count` draws; the images are encoded once."""
+    moments = model.encode_moments(images)
+    losses = []
+    for _ in range(count):
+        draws = draw(model, images, generators)
+        losses.append(latent_denoising_loss(model, model.latents(moments, draws.posterior), embeddings, draws))
+    return torch.stack(losses).mean(0)
 
 
 def encoder_distance(model: DiffusionModel, images: Tensor) -> Tensor:

@@ -80,15 +80,15 @@ def pgd(
     grey = is_grey(originals)
     delta = torch.zeros_like(originals) if start is None else torch.where(grey, start[:, :1], start)
     delta = _confine(delta, originals, plan.eps_levels, masks)
-    memory = torch.zeros_like(originals)
+    memory: Tensor | None = None
     for step in range(plan.steps):
         images = (originals + delta).requires_grad_()
         (gradient,) = torch.autograd.grad(loss(images, step).sum(), images)
         length = direction * plan.step_levels * plan.schedule(step, plan.steps) / LEVELS
         gradient = torch.where(grey, gradient.mean(1, keepdim=True), gradient)
         if plan.momentum > 0:
-            memory = plan.momentum * memory + gradient / gradient.abs().mean((1, 2, 3), keepdim=True).clamp(min=_TINY)
-            gradient = memory
+            unit = gradient / gradient.abs().mean((1, 2, 3), keepdim=True).clamp(min=_TINY)
+            gradient = memory = unit if memory is None else plan.momentum * memory + unit
         delta = delta + length * _sign(gradient)
         delta = _confine(delta, originals, plan.eps_levels, masks)
         if progress is not None:
@@ -105,6 +105,12 @@ def uniform_start(originals: Tensor, eps_levels: float, generators: Sequence[tor
     """A uniform random perturbation inside the ball, one generator per image."""
     draws = uniform(generators, originals.shape[1:])
     return draws.to(originals.device) * (eps_levels / LEVELS)
+
+
+def repaired(images: Tensor, originals: Tensor) -> Tensor:
+    """The images, with the originals of those that are not finite: what a group's surrogate can be trained on."""
+    finite = images.isfinite().flatten(1).all(1).view(-1, 1, 1, 1)
+    return torch.where(finite, images, originals)
 
 
 def is_grey(images: Tensor) -> Tensor:

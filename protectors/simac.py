@@ -13,8 +13,8 @@ from torch import Tensor
 from protectors.aspl import ASPLConfig, alternate
 from protectors.base import Batch
 from protectors.config import require
-from protectors.dreambooth import DreamBooth
-from protectors.objectives import Draws, denoising_loss, draw, latent_denoising_loss
+from protectors.dreambooth import DreamBooth, Moments
+from protectors.objectives import Draws, denoising_loss, draw, embed_prompts, latent_denoising_loss
 from protectors.pgd import PgdPlan, pgd
 from protectors.randomness import integers, streams
 from protectors.subject import SubjectProtector
@@ -68,11 +68,11 @@ class SimAC(SubjectProtector[SimACConfig]):
         over ``eval_draws`` fixed draws at all timesteps.
 
     Raises:
-        ValueError: bad input or configuration; a full surrogate on a model that is not float32. ModelError: the model
-        is no ``DiffusionModel``.
+        ValueError: bad input or configuration. ModelError: the model is no ``DiffusionModel``, or not in float32 for
+        a full surrogate.
 
     Cost: per step one encoder and one UNet pass, forward and backward, and one forward UNet pass for the reference;
-        training as in ASPL; before it up to ``selection_rounds`` times six gradients per image.
+        training and memory as in ASPL; before it up to ``selection_rounds`` times six gradients per image.
 
     Differs from the paper: as ``ASPL``; timesteps are selected with the untrained model. The public code adds L_feat
         without its gradient and takes the image at the start of the round as reference; here the gradient counts and
@@ -96,7 +96,7 @@ class SimAC(SubjectProtector[SimACConfig]):
 
     @property
     def steps(self) -> int:
-        return self.config.rounds * self.config.steps
+        return self.config.rounds * self.config.pgd_steps
 
     def _attack(self, school: DreamBooth, tick: Callable[[], None]) -> Tensor:
         batch = school.batch
@@ -104,29 +104,29 @@ class SimAC(SubjectProtector[SimACConfig]):
         generators = streams(batch.seeds, "simac/attack")
 
         def climb(images: Tensor) -> Tensor:
-            reference = batch.originals if self.config.reference == "clean" else images
-            with torch.no_grad():
-                moments = self.model.encode_moments(reference)
+            if self.config.reference == "clean":
+                reference = school.original_moments
+            else:
+                with torch.no_grad():
+                    reference = self.model.encode_moments(images)
 
             def loss(images: Tensor, embeddings: Tensor) -> Tensor:
                 t = _one_of_each(timesteps, generators).to(self.model.device)
                 draws = replace(draw(self.model, images, generators), t=t)
-                return self._gain(self.model.encode_moments(images), moments, embeddings, draws)
+                return self._gain(self.model.encode_moments(images), reference, embeddings, draws)
 
-            return self._climb(school, images, loss, tick)
+            return self._climb(school, images, loss, tick, steps=self.config.pgd_steps)
 
         return alternate(school, self._start(batch), climb, self.config)
 
     def _objective(self, images: Tensor, batch: Batch) -> Tensor:
         generators = streams(batch.seeds, "simac/evaluation")
-        embeddings = self.model.embed_prompts(batch.prompts or (self.config.prompt,) * len(batch.seeds))
+        embeddings = embed_prompts(self.model, batch, self.config.prompt)
         moments, reference = self.model.encode_moments(images), self.model.encode_moments(batch.originals)
         draws = [draw(self.model, images, generators) for _ in range(self.config.eval_draws)]
         return torch.stack([self._gain(moments, reference, embeddings, each) for each in draws]).mean(0)
 
-    def _gain(
-        self, moments: tuple[Tensor, Tensor], reference: tuple[Tensor, Tensor], embeddings: Tensor, draws: Draws
-    ) -> Tensor:
+    def _gain(self, moments: Moments, reference: Moments, embeddings: Tensor, draws: Draws) -> Tensor:
         """J per image ``(B,)``; no gradient goes to the reference."""
         model = self.model
         latents = model.latents(moments, draws.posterior)

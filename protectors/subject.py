@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from functools import lru_cache
 from itertools import count
 from typing import TypeVar
 
@@ -13,18 +12,15 @@ from torch import Tensor
 
 from protectors.base import Batch, ImageProtector
 from protectors.diffusion import DiffusionModel
-from protectors.dreambooth import DreamBooth, SurrogateConfig, draw_class_latents, subject_seeds
-from protectors.objectives import draw, latent_denoising_loss
+from protectors.dreambooth import DreamBooth, SurrogateConfig, class_latents
+from protectors.objectives import embed_prompts, mean_denoising_loss
 from protectors.pgd import PgdPlan, Progress, pgd, uniform_start
 from protectors.randomness import streams
-from protectors.surrogate import make_surrogates
+from protectors.surrogate import check_surrogate, make_surrogates, subject_seeds
 
 SurrogateConfigT = TypeVar("SurrogateConfigT", bound=SurrogateConfig)
 SubjectLoss = Callable[[Tensor, Tensor], Tensor]
 """(images ``(B, 3, H, W)``, prompt embeddings ``(B, L, D)``) -> one loss per image ``(B,)``, at new draws."""
-
-# Class images are drawn anew for a size or after this many sizes.
-_SIZES_KEPT = 4
 
 
 class SubjectProtector(ImageProtector[SurrogateConfigT, DiffusionModel]):
@@ -37,7 +33,7 @@ class SubjectProtector(ImageProtector[SurrogateConfigT, DiffusionModel]):
 
     def __init__(self, config: SurrogateConfigT, model: DiffusionModel) -> None:
         super().__init__(config, model)
-        self._class_latents = lru_cache(_SIZES_KEPT)(self._draw_class_latents)
+        check_surrogate(config.surrogate, model)
 
     @abstractmethod
     def _attack(self, school: DreamBooth, tick: Callable[[], None]) -> Tensor:
@@ -60,15 +56,13 @@ class SubjectProtector(ImageProtector[SurrogateConfigT, DiffusionModel]):
     def _perturb_part(self, batch: Batch, tick: Callable[[], None]) -> Tensor:
         config = self.config
         # Before there are surrogates: the unchanged model draws the class images.
-        prior = self._class_latents(self.model.latent_shape(batch.originals)) if config.prior_images else None
+        count = config.prior_images
+        prior = class_latents(self.model, config.class_prompt, count) if count else None
         seeds = subject_seeds(batch)
         with make_surrogates(
             config.surrogate, self.model, seeds, train_text_encoder=config.train_text_encoder
         ) as surrogates:
             return self._attack(DreamBooth(surrogates, batch, config, prior), tick)
-
-    def _draw_class_latents(self, shape: tuple[int, int, int]) -> Tensor:
-        return draw_class_latents(self.model, self.config.class_prompt, shape, self.config.prior_images)
 
     def _start(self, batch: Batch) -> Tensor:
         """Where the perturbed images begin."""
@@ -77,10 +71,12 @@ class SubjectProtector(ImageProtector[SurrogateConfigT, DiffusionModel]):
         generators = streams(batch.seeds, f"{self.name}/start")
         return batch.originals + uniform_start(batch.originals, self.config.eps_levels, generators)
 
-    def _climb(self, school: DreamBooth, images: Tensor, loss: SubjectLoss, tick: Callable[[], None]) -> Tensor:
-        """``config.steps`` sign steps up the loss under the surrogates as they are, in the originals' ball."""
+    def _climb(
+        self, school: DreamBooth, images: Tensor, loss: SubjectLoss, tick: Callable[[], None], *, steps: int
+    ) -> Tensor:
+        """Sign steps up the loss under the surrogates as they are, in the originals' ball."""
         batch, config = school.batch, self.config
-        plan = PgdPlan(eps_levels=config.eps_levels, step_levels=config.step_levels, steps=config.steps, ascend=True)
+        plan = PgdPlan(eps_levels=config.eps_levels, step_levels=config.step_levels, steps=steps, ascend=True)
         with school.attacked() as embeddings:
             return pgd(
                 lambda current, _: loss(current, embeddings),
@@ -93,11 +89,5 @@ class SubjectProtector(ImageProtector[SurrogateConfigT, DiffusionModel]):
 
     def _objective(self, images: Tensor, batch: Batch) -> Tensor:
         generators = streams(batch.seeds, f"{self.name}/evaluation")
-        embeddings = self.model.embed_prompts(batch.prompts or (self.config.prompt,) * len(batch.seeds))
-        moments = self.model.encode_moments(images)
-        losses = []
-        for _ in range(self.config.eval_draws):
-            draws = draw(self.model, images, generators)
-            latents = self.model.latents(moments, draws.posterior)
-            losses.append(latent_denoising_loss(self.model, latents, embeddings, draws))
-        return torch.stack(losses).mean(0)
+        embeddings = embed_prompts(self.model, batch, self.config.prompt)
+        return mean_denoising_loss(self.model, images, embeddings, generators, self.config.eval_draws)

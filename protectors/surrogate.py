@@ -11,12 +11,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from protectors.base import Batch
 from protectors.diffusion import DiffusionModel
+from protectors.model_files import ModelError
 from protectors.randomness import normal, streams
 
 SurrogateKind = Literal["lora", "full"]
 State = tuple[Tensor, ...]
-"""Weights of all surrogates at one moment."""
+"""Weights of all surrogates at one moment, on the CPU: methods keep several, and a device has room for few."""
 
 _RANK = 4
 # Attention projections, as diffusers names them in UNets and transformers in CLIP's text encoder.
@@ -66,7 +68,7 @@ class Surrogates(ABC):
 
     def state(self) -> State:
         """A copy of the weights."""
-        return tuple(parameter.detach().clone() for parameter in self.parameters)
+        return tuple(parameter.detach().to("cpu", copy=True) for parameter in self.parameters)
 
     def load(self, state: State) -> None:
         """Goes back to a copy."""
@@ -160,15 +162,9 @@ class LoraSurrogates(Surrogates):
 
 
 class FullSurrogate(Surrogates):
-    """All weights of the one surrogate; they are put back at the end.
-
-    Raises:
-        ValueError: the networks do not run in float32, in which a rate of 5e-7 would be lost.
-    """
+    """All weights of the one surrogate; they are put back at the end. See ``check_surrogate`` for the model."""
 
     def __init__(self, model: DiffusionModel, *, train_text_encoder: bool = False) -> None:
-        if model.dtype != torch.float32:
-            raise ValueError("a full surrogate trains the model's own weights: use precision float32, or the lora kind")
         super().__init__(model, 1, train_text_encoder=train_text_encoder)
         self._before: State = ()
 
@@ -193,6 +189,12 @@ class FullSurrogate(Surrogates):
         torch.nn.utils.clip_grad_norm_(self.parameters, limit)
 
 
+def check_surrogate(kind: SurrogateKind, model: DiffusionModel) -> None:
+    """Raises ModelError if the model cannot be trained so: half precision would lose a rate of 5e-7."""
+    if kind == "full" and model.dtype != torch.float32:
+        raise ModelError("a full surrogate trains the model's own weights: use precision float32, or the lora kind")
+
+
 def make_surrogates(
     kind: SurrogateKind, model: DiffusionModel, seeds: Sequence[int], *, train_text_encoder: bool = False
 ) -> Surrogates:
@@ -202,6 +204,11 @@ def make_surrogates(
     if len(seeds) != 1:
         raise ValueError("a full surrogate is the only one: protect one subject at a time")
     return FullSurrogate(model, train_text_encoder=train_text_encoder)
+
+
+def subject_seeds(batch: Batch) -> list[int]:
+    """One number per group that its own draws follow from."""
+    return [group_seed([batch.seeds[place] for place in group]) for group in batch.groups]
 
 
 def group_seed(seeds: Sequence[int]) -> int:

@@ -41,7 +41,7 @@ SMALL: dict[str, dict[str, Any]] = {
     },
     "aspl": {
         "rounds": 2,
-        "steps": 1,
+        "pgd_steps": 1,
         "clean_steps": 1,
         "perturbed_steps": 1,
         "step_levels": 8.0,
@@ -54,7 +54,7 @@ SMALL: dict[str, dict[str, Any]] = {
         "training_steps": 1,
         "snapshots": 1,
         "rounds": 2,
-        "steps": 1,
+        "pgd_steps": 1,
         "unroll_steps": 1,
         "step_levels": 8.0,
         "eval_draws": 2,
@@ -65,7 +65,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "pid": {"steps": 4},
     "simac": {
         "rounds": 1,
-        "steps": 2,
+        "pgd_steps": 2,
         "clean_steps": 1,
         "perturbed_steps": 0,
         "selection_rounds": 1,

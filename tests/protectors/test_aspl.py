@@ -14,16 +14,19 @@ from torch import Tensor
 from protectors.aspl import ASPL, ASPLConfig
 from protectors.base import Batch
 from protectors.diffusion import DiffusionModel, load_model
-from protectors.dreambooth import DreamBooth, draw_class_latents, subject_seeds
+from protectors.dreambooth import DreamBooth, class_latents, draw_class_latents
 from protectors.fsmg import FSMG, FSMGConfig
-from protectors.objectives import Draws, draw
+from protectors.metacloak import MetaCloak, MetaCloakConfig
+from protectors.model_files import ModelError
+from protectors.objectives import Draws, denoising_loss, draw
 from protectors.pgd import pgd
 from protectors.randomness import streams
+from protectors.simac import SimAC, SimACConfig
 from protectors.subject import SubjectProtector
-from protectors.surrogate import Surrogates, make_surrogates
+from protectors.surrogate import Surrogates, make_surrogates, subject_seeds
 from tests.protectors.tiny import save_tiny_model
 
-SMALL = {"steps": 2, "rounds": 2, "clean_steps": 1, "perturbed_steps": 1, "step_levels": 4.0, "eval_draws": 1}
+SMALL = {"pgd_steps": 2, "rounds": 2, "clean_steps": 1, "perturbed_steps": 1, "step_levels": 4.0, "eval_draws": 1}
 
 
 @pytest.fixture(scope="module")
@@ -55,15 +58,15 @@ def test_paper_presets_convert_the_published_numbers() -> None:
         assert (config.prior_images, config.prior_weight, config.random_start) == (200, 1.0, False)
         assert config.train_text_encoder
     assert (fsmg.steps, fsmg.training_steps, fsmg.train_batch) == (100, 1000, 2)
-    assert (aspl.rounds, aspl.steps, aspl.clean_steps, aspl.perturbed_steps) == (50, 6, 3, 3)
+    assert (aspl.rounds, aspl.pgd_steps, aspl.clean_steps, aspl.perturbed_steps) == (50, 6, 3, 3)
 
 
 @pytest.mark.parametrize("preset", ["paper", "fast", "strong"])
 @pytest.mark.parametrize("method", [FSMG, ASPL])
 def test_presets_keep_whole_levels(method: type[FSMG | ASPL], preset: str, model: DiffusionModel) -> None:
     """The budget of every preset, with one long step."""
-    short: dict[str, Any] = {"steps": 1, "step_levels": 20.0, "prior_images": 0, "eval_draws": 1}
-    short |= {"training_steps": 1} if method is FSMG else {"rounds": 1, "clean_steps": 1, "perturbed_steps": 1}
+    short: dict[str, Any] = {"step_levels": 20.0, "prior_images": 0, "eval_draws": 1}
+    short |= {"steps": 1, "training_steps": 1} if method is FSMG else {"pgd_steps": 1, "rounds": 1}
     config = method.presets[preset].replace(**short)
     result = method(config, model).protect(pictures(1), seeds=[1])  # type: ignore[arg-type]
     assert result.facts[0].linf_levels == math.floor(config.eps_levels)
@@ -89,9 +92,27 @@ def test_every_image_has_its_turn_however_short_the_blocks_are(
     with make_surrogates("lora", model, subject_seeds(batch)) as surrogates:
         school = school_of(model, surrogates, batch, train_text_encoder=False)
         for _ in range(5):
-            school.train(images, steps=2)
-    assert Counter(seen[:5]) == Counter(range(5)) == Counter(seen[5:])
-    assert seen[:5] != seen[5:]
+            school.train(steps=2)
+            school.train(images, steps=1)
+    originals, perturbed = [row for place, row in enumerate(seen) if place % 3 < 2], seen[2::3]
+    assert Counter(originals[:5]) == Counter(range(5)) == Counter(originals[5:]) == Counter(perturbed)
+    assert originals[:5] != originals[5:]
+
+
+def test_no_steps_encode_nothing_and_the_originals_are_encoded_once(
+    model: DiffusionModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch, seen = batch_of(((0,),)), []
+    encode = model.encode_moments
+    monkeypatch.setattr(model, "encode_moments", lambda images: seen.append(images) or encode(images))
+    with make_surrogates("lora", model, subject_seeds(batch)) as surrogates:
+        school = school_of(model, surrogates, batch)
+        school.train(steps=0)
+        school.train(batch.originals, steps=0)
+        assert not seen
+        school.train(steps=1)
+        school.train(steps=1)
+    assert len(seen) == 1
 
 
 @pytest.mark.parametrize("prior", [False, True])
@@ -104,7 +125,7 @@ def test_loss_is_that_of_the_paper(prior: bool, prediction_type: str, tmp_path: 
     with make_surrogates("lora", model, subject_seeds(batch), train_text_encoder=True) as surrogates:
         school = school_of(model, surrogates, batch, class_latents, train_batch=2, prior_weight=0.5)
         with torch.no_grad(), surrogates.owned([0, 0, 1, 1]):
-            loss = school.loss(model.encode_moments(batch.originals))
+            loss = school.loss(model.encode_moments(batch.originals), school.original_decks)
     twin = streams(subject_seeds(batch), "dreambooth")
     torch.randperm(1, generator=twin[0]), torch.randperm(1, generator=twin[0])
     torch.randperm(1, generator=twin[1]), torch.randperm(1, generator=twin[1])
@@ -150,11 +171,11 @@ def test_training_lowers_the_loss_of_its_subject(model: DiffusionModel, kind: An
     def held_out() -> float:
         judge = school_of(model, surrogates, batch, train_batch=32)
         with torch.no_grad(), surrogates.owned([0] * 32):
-            return judge.loss(moments).item()
+            return judge.loss(moments, judge.original_decks).item()
 
     with make_surrogates(kind, model, [1], train_text_encoder=True) as surrogates:
         before = held_out()
-        school_of(model, surrogates, batch, learning_rate=5e-3).train(batch.originals, steps=20)
+        school_of(model, surrogates, batch, learning_rate=5e-3).train(steps=20)
         assert held_out() < 0.95 * before
 
 
@@ -169,7 +190,7 @@ def test_clipping_is_real(model: DiffusionModel, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(Surrogates, "fit", spy)
     ASPL(ASPLConfig(**SMALL, clip_norm=0.25), model).protect(pictures(1), seeds=[1])
-    assert limits == [0.25] * 4
+    assert limits == [0.25] * 3
 
 
 def test_class_latents_are_drawn_once_and_by_the_untrained_model(
@@ -181,25 +202,28 @@ def test_class_latents_are_drawn_once_and_by_the_untrained_model(
         drawn.append(draw_class_latents(*given))
         return drawn[-1]
 
-    monkeypatch.setattr("protectors.subject.draw_class_latents", spy)
-    monkeypatch.setattr("protectors.dreambooth._SAMPLING_STEPS", 3)
-    protector = ASPL(ASPLConfig(**SMALL, prior_images=9, learning_rate=0.1), model)
-    first = protector.protect(pictures(1), seeds=[1])
-    again = protector.protect(pictures(1), seeds=[1])
+    monkeypatch.setattr("protectors.dreambooth.draw_class_latents", spy)
+    monkeypatch.setattr("protectors.dreambooth._SAMPLING_STEPS", 2)
+    monkeypatch.setattr("protectors.dreambooth._SAMPLED_TOGETHER", 1)
+    config = ASPLConfig(**{**SMALL, "pgd_steps": 1}, prior_images=2, learning_rate=0.1)
+    first, again = (ASPL(config, model).protect(pictures(1), seeds=[1]) for _ in range(2))
+    ASPL(config, model).protect(torch.rand(1, 3, 16, 24), seeds=[1])  # another size is taught with the same ones
     assert torch.equal(first.images, again.images)
     (latents,) = drawn
-    assert latents.shape == (9, *model.latent_shape(pictures(1)))
+    assert latents.shape == (2, 4, 32, 32)  # those of the model's own size, 64 pixels
     assert latents.isfinite().all()
-    assert torch.equal(latents, draw_class_latents(model, "a photo of person", model.latent_shape(pictures(1)), 9))
-    without = ASPL(ASPLConfig(**SMALL, learning_rate=0.1), model).protect(pictures(1), seeds=[1])
+    assert torch.equal(latents, draw_class_latents(model, "a photo of person", 2))
+    class_latents(model, "a photo of dog", 1)
+    assert len(drawn) == 2
+    without = ASPL(config.replace(prior_images=0), model).protect(pictures(1), seeds=[1])
     assert not torch.equal(first.images, without.images)
 
 
 def test_class_latents_follow_the_samplers_equations(model: DiffusionModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """One step of DDIM from the last timestep is the guided estimate of x0, taken to the first noise level."""
     monkeypatch.setattr("protectors.dreambooth._SAMPLING_STEPS", 1)
-    shape = (4, 4, 4)
-    latents = draw_class_latents(model, "person", shape, 1)
+    shape = (4, 32, 32)
+    latents = draw_class_latents(model, "person", 1)
     (generator,) = streams([0], "class images")
     noise = torch.randn((1, *shape), generator=generator)
     t = torch.tensor([999])
@@ -212,6 +236,8 @@ def test_class_latents_follow_the_samplers_equations(model: DiffusionModel, monk
 METHODS: list[tuple[type[SubjectProtector[Any]], Any]] = [
     (ASPL, ASPLConfig(**SMALL)),
     (FSMG, FSMGConfig(steps=2, training_steps=2, step_levels=4.0, eval_draws=1)),
+    (SimAC, SimACConfig(**SMALL, selection_rounds=1)),
+    (MetaCloak, MetaCloakConfig(pgd_steps=1, training_steps=2, snapshots=2, passes=1, rounds=2, eval_draws=1)),
 ]
 
 
@@ -234,15 +260,38 @@ def test_a_subject_does_not_feel_the_others(method: Any, config: Any, kind: str,
     assert calls == [(number + 1, total) for number in range(total)]
 
 
+def test_an_image_that_fails_leaves_its_group_and_the_others_alone(
+    model: DiffusionModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first image's gradient breaks at the first step; its subject is then taught the original."""
+    true_loss = denoising_loss
+
+    def broken(model: DiffusionModel, images: Tensor, embeddings: Tensor, draws: Draws) -> Tensor:
+        factor = torch.ones(len(images))
+        factor[0] = torch.nan
+        return true_loss(model, images, embeddings, draws) * factor
+
+    protector = ASPL(ASPLConfig(**SMALL, learning_rate=1e-2), model)
+    images, groups = pictures(3), ["a", "b", "a"]
+    whole = protector.protect(images, seeds=[5, 6, 7], groups=groups)
+    monkeypatch.setattr("protectors.aspl.denoising_loss", broken)
+    result = protector.protect(images, seeds=[5, 6, 7], groups=groups)
+    assert [fact.failed is None for fact in result.facts] == [False, True, True]
+    assert torch.equal(result.images[0], images[0])
+    assert torch.equal(result.images[1], whole.images[1])
+    assert (result.images[2] != images[2]).any()
+
+
 def test_aspl_alternates_as_published(model: DiffusionModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """The copy learns clean images and is thrown away; the surrogate learns perturbed ones; x0 never moves."""
     events: list[tuple[str, Tensor, list[Tensor], list[Tensor]]] = []
     train = DreamBooth.train
 
-    def spy_train(self: DreamBooth, images: Tensor, *, steps: int) -> None:
+    def spy_train(self: DreamBooth, images: Tensor | None = None, *, steps: int) -> None:
         before = list(self.surrogates.state())
         train(self, images, steps=steps)
-        events.append(("train", images.clone(), before, list(self.surrogates.state())))
+        seen = self.batch.originals if images is None else images.clone()
+        events.append(("clean" if images is None else "perturbed", seen, before, list(self.surrogates.state())))
 
     def spy_pgd(loss: Any, originals: Tensor, plan: Any, **options: Any) -> Tensor:
         result = pgd(loss, originals, plan, **options)
@@ -253,28 +302,29 @@ def test_aspl_alternates_as_published(model: DiffusionModel, monkeypatch: pytest
     monkeypatch.setattr("protectors.subject.pgd", spy_pgd)
     images = pictures(2)
     ASPL(ASPLConfig(**{**SMALL, "eps_levels": 6.0}), model).protect(images, seeds=[1, 2], groups=["a", "a"])
-    assert [event[0] for event in events] == ["train", "pgd", "train"] * 2
-    previous, kept = images, events[0][2]
-    for clean, climb, perturbed in (events[:3], events[3:]):
-        assert torch.equal(clean[1], images)
-        assert torch.equal(perturbed[1], climb[1])
-        assert all(torch.equal(a, b) for a, b in zip(clean[2], kept, strict=True))
-        assert all(torch.equal(a, b) for a, b in zip(perturbed[2], kept, strict=True))
-        assert any(not torch.equal(a, b) for a, b in zip(perturbed[3], kept, strict=True))
-        assert torch.equal(climb[2][0], images)
-        torch.testing.assert_close(images + climb[3][0], previous)
-        assert (climb[1] - images).abs().max() * 255 <= 6.001
-        previous, kept = climb[1], perturbed[3]
-    assert (previous - images).abs().max() * 255 > 5.9
+    # Nothing is trained after the last climb.
+    assert [event[0] for event in events] == ["clean", "pgd", "perturbed", "clean", "pgd"]
+    first, climb, perturbed, second, last = events
+    assert torch.equal(first[1], images)
+    assert torch.equal(second[1], images)
+    assert torch.equal(perturbed[1], climb[1])
+    assert all(torch.equal(a, b) for a, b in zip(perturbed[2], first[2], strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(perturbed[3], first[2], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(second[2], perturbed[3], strict=True))
+    for event, before in ((climb, images), (last, climb[1])):
+        assert torch.equal(event[2][0], images)
+        torch.testing.assert_close(images + event[3][0], before)
+        assert (event[1] - images).abs().max() * 255 <= 6.001
+    assert (last[1] - images).abs().max() * 255 > 5.9
 
 
 def test_fsmg_trains_before_it_attacks_and_then_no_more(model: DiffusionModel, monkeypatch: pytest.MonkeyPatch) -> None:
     states: list[Tensor] = []
     climb = SubjectProtector._climb
 
-    def spy(self: Any, school: DreamBooth, *rest: Any) -> Tensor:
+    def spy(self: Any, school: DreamBooth, *rest: Any, **options: Any) -> Tensor:
         states.append(torch.cat([part.flatten() for part in school.surrogates.state()]))
-        result = climb(self, school, *rest)
+        result = climb(self, school, *rest, **options)
         states.append(torch.cat([part.flatten() for part in school.surrogates.state()]))
         return result
 
@@ -298,7 +348,7 @@ def test_a_prompt_of_the_caller_is_what_the_subject_is_called(model: DiffusionMo
 
 
 def test_random_start_is_drawn_per_image(model: DiffusionModel) -> None:
-    config = ASPLConfig(**{**SMALL, "steps": 1, "step_levels": 0.01}, random_start=True)
+    config = ASPLConfig(**{**SMALL, "pgd_steps": 1, "step_levels": 0.01}, random_start=True)
     images = pictures(1).repeat(2, 1, 1, 1)
     output = ASPL(config, model).protect(images, seeds=[1, 2]).images
     assert not torch.equal(output[0], output[1])
@@ -308,6 +358,9 @@ def test_random_start_is_drawn_per_image(model: DiffusionModel) -> None:
 @pytest.mark.parametrize(
     "change",
     [
+        {"pgd_steps": 0},
+        {"step_levels": 0.0},
+        {"eval_draws": 0},
         {"learning_rate": 0.0},
         {"clip_norm": 0.0},
         {"train_batch": 0},
@@ -322,11 +375,13 @@ def test_random_start_is_drawn_per_image(model: DiffusionModel) -> None:
 def test_impossible_values_are_refused(change: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(change))):
         ASPLConfig(**change)
-    with pytest.raises(ValueError, match="training_steps"):
-        FSMGConfig(training_steps=0)
+    for name in ("steps", "training_steps"):
+        with pytest.raises(ValueError, match=f"^{name}=0"):
+            FSMGConfig.from_dict({name: 0})
 
 
 def test_full_surrogate_needs_float32(model: DiffusionModel, tmp_path: Any) -> None:
     half = load_model(str(save_tiny_model(tmp_path / "half")), dtype=torch.bfloat16)
-    with pytest.raises(ValueError, match="float32"):
-        ASPL(ASPLConfig(**SMALL, surrogate="full"), half).protect(pictures(1), seeds=[1])
+    with pytest.raises(ModelError, match="float32"):
+        ASPL(ASPLConfig(**SMALL, surrogate="full"), half)
+    assert ASPL(ASPLConfig(**SMALL), half).protect(pictures(1), seeds=[1]).facts[0].failed is None

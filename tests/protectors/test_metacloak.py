@@ -12,15 +12,15 @@ from torch import Tensor
 
 from protectors.base import Batch
 from protectors.diffusion import DiffusionModel, load_model
-from protectors.dreambooth import DreamBooth, subject_seeds
+from protectors.dreambooth import DreamBooth
 from protectors.metacloak import MetaCloak, MetaCloakConfig, snapshot_ages
 from protectors.objectives import Draws, denoising_loss
-from protectors.surrogate import LoraSurrogates, Surrogates, make_surrogates
+from protectors.surrogate import LoraSurrogates, Surrogates, make_surrogates, subject_seeds
 from protectors.transforms import blur
 from tests.protectors.tiny import save_tiny_model
 
 SMALL = {
-    "steps": 2,
+    "pgd_steps": 2,
     "training_steps": 5,
     "snapshots": 3,
     "passes": 2,
@@ -61,12 +61,20 @@ def metacloak(model: DiffusionModel, **changes: Any) -> MetaCloak:
 def test_presets(model: DiffusionModel) -> None:
     paper = MetaCloak.presets["paper"]
     assert (paper.eps_levels, paper.step_levels, paper.random_start) == (11, 1.1, False)
-    assert (paper.passes, paper.snapshots, paper.rounds, paper.steps, paper.unroll_steps) == (4, 6, 100, 6, 2)
+    assert (paper.passes, paper.snapshots, paper.rounds, paper.pgd_steps, paper.unroll_steps) == (4, 6, 100, 6, 2)
     assert MetaCloak(paper, model).steps == 14_400
     assert (paper.training_steps, paper.surrogate, paper.learning_rate) == (1000, "full", 5e-7)
     assert (paper.blur_size, paper.flip, paper.resize_low, paper.jpeg_low) == (7, True, 1.0, None)
     for config in MetaCloak.presets.values():
-        short = {**SMALL, "snapshots": 1, "passes": 1, "rounds": 1, "steps": 1, "step_levels": 20.0, "prior_images": 0}
+        short = {
+            **SMALL,
+            "snapshots": 1,
+            "passes": 1,
+            "rounds": 1,
+            "pgd_steps": 1,
+            "step_levels": 20.0,
+            "prior_images": 0,
+        }
         result = MetaCloak(config.replace(**short), model).protect(pictures(1), seeds=[1])
         assert result.facts[0].linf_levels == math.floor(config.eps_levels)
 
@@ -80,7 +88,7 @@ def test_ages_of_the_snapshots() -> None:
 def test_number_of_passes_and_updates(
     model: DiffusionModel, pictured: list[Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As stated: 2 passes, 3 snapshots, 2 rounds, 2 steps; one update per round after five to the last snapshot."""
+    """As stated: 2 passes, 3 snapshots, 2 rounds, 2 steps; four updates to the last snapshot, then one between rounds."""
     updates: list[int] = []
     fit = Surrogates.fit
 
@@ -93,7 +101,7 @@ def test_number_of_passes_and_updates(
     result = metacloak(model).protect(pictures(1), seeds=[1], progress=lambda *call: calls.append(call))
     assert len(pictured) == 2 * 3 * 2 * 2 == result.facts[0].steps
     assert calls == [(number + 1, 24) for number in range(24)]
-    assert updates == [5] + [1] * 12
+    assert updates == [4] + [1] * 6
 
 
 def test_snapshots_are_states_of_one_training_and_loaded_in_turn(
@@ -114,7 +122,7 @@ def test_snapshots_are_states_of_one_training_and_loaded_in_turn(
     for age, first, second in zip([0, 2, 4], loaded[:3], loaded[3:], strict=True):
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
         with make_surrogates("lora", model, subject_seeds(batch), train_text_encoder=True) as surrogates:
-            DreamBooth(surrogates, batch, protector.config).train(batch.originals, steps=age)
+            DreamBooth(surrogates, batch, protector.config).train(steps=age)
             for kept, own in zip(first, surrogates.state(), strict=True):
                 assert torch.equal(kept, own)
 
@@ -122,22 +130,23 @@ def test_snapshots_are_states_of_one_training_and_loaded_in_turn(
 def test_training_sees_the_clean_images_first_and_then_the_current_ones(
     model: DiffusionModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[float] = []
+    seen: list[float | None] = []
     images = pictures(1)
     train = DreamBooth.train
 
-    def spy(self: DreamBooth, current: Tensor, **options: Any) -> None:
-        seen.append(float((current - images).abs().max() * 255))
+    def spy(self: DreamBooth, current: Tensor | None = None, **options: Any) -> None:
+        seen.append(None if current is None else float((current - images).abs().max() * 255))
         train(self, current, **options)
 
     monkeypatch.setattr(DreamBooth, "train", spy)
     metacloak(model, passes=1).protect(images, seeds=[1])
-    assert seen[0] == 0
     # Two steps of one level per round, kept from one round and snapshot to the next, inside the ball of 8 levels.
-    assert seen[1] == pytest.approx(2, abs=1e-3)
-    assert all(later >= 0.99 for later in seen[1:])
-    assert max(seen) > 2.5
-    assert max(seen) <= 8.001
+    first, *changes = seen
+    assert first is None
+    assert changes[0] == pytest.approx(2, abs=1e-3)
+    assert len(changes) == 3
+    assert all(change is not None and 0.99 <= change <= 8.001 for change in changes)
+    assert max(change or 0 for change in changes) > 2.5
 
 
 def test_projection_stays_around_the_original(model: DiffusionModel) -> None:
@@ -176,6 +185,7 @@ def test_extended_transforms_change_the_result(model: DiffusionModel) -> None:
 @pytest.mark.parametrize(
     ("change", "named"),
     [
+        ({"pgd_steps": 0}, "pgd_steps"),
         ({"training_steps": 0}, "training_steps"),
         ({"snapshots": 0}, "snapshots"),
         ({"snapshots": 6}, "snapshots"),
