@@ -23,12 +23,6 @@ SIDE = 32
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture(autouse=True)
-def wide(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tables keep their words whole."""
-    monkeypatch.setenv("COLUMNS", "250")
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model, and two subjects of two photos."""
@@ -100,7 +94,30 @@ def test_a_method_that_fails_is_named(folder: Path, tmp_path: Path) -> None:
     assert "failed: cup" in result.out
     assert json.loads((tmp_path / "out" / "comparison.json").read_text())["methods"][0]["failed"] is None
     alone = compare(folder, tmp_path / "out", "--methods-file", file)
-    assert (alone.code, "broken" in alone.error) == (2, True)
+    assert (alone.code, "broken: cup" in alone.error) == (1, True)
+    assert "failed: cup: RuntimeError" in (tmp_path / "out" / "comparison.md").read_text()
+    assert json.loads((tmp_path / "out" / "comparison.json").read_text())["methods"][0]["failed"].startswith("cup")
+
+
+def test_a_trial_that_fails_is_named(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ValueError("no such shape")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.verify.trial.sample", fail)
+        result = compare(folder, tmp_path / "out", "--methods", "noise", "--subjects", "cup")
+    assert result.code == 1, result
+    assert "dreambooth of cup, noise, purifier none: ValueError: no such shape" in result.error
+    plan = compare(folder, tmp_path / "out", "--methods", "noise", "--subjects", "cup", "--dry-run")
+    assert "trials of dreambooth: 3 to run, 0 stored" in plan.out
+
+
+def test_pictures_stay_out_of_archives(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "archive" / "plans").mkdir(parents=True)
+    (tmp_path / "archive" / "plans" / "binding.json").write_text("{}")
+    result = compare(folder, tmp_path / "archive" / "new" / "out", "--methods", "noise")
+    assert (result.code, "a protected archive" in result.error) == (2, True)
+    assert not (tmp_path / "archive" / "new").exists()
 
 
 def test_help_teaches(folder: Path) -> None:

@@ -1,10 +1,9 @@
 """Comparisons of methods, on a tiny model.
 
 1. Every method meets the same attacks on the same subjects; cells on clean photos are run once for all of them.
-2. A result is stored under a name that follows from all that decides it: what is stored is not done again, further
-   methods, purifiers and subjects add to it, and whatever else is changed makes new results.
+2. What is stored is not done again, unless it failed.
 3. A method that fails is a row with its reason; the others have their numbers.
-4. Effects and differences are those of the four cells, paired by subject.
+4. Effects and differences are those of the four cells, paired by subject; where there is none, the reason is told.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,28 +19,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 from pipeline.compare import pictures, report
-from pipeline.compare.methods import MethodSpec, check_label, parse_methods, read_methods
+from pipeline.compare.methods import MethodSpec
 from pipeline.compare.plan import Comparison, PlannedCustomization, PlannedEdit, Settings, plan_comparison
 from pipeline.compare.results import WORST, Findings, differences, gather
 from pipeline.compare.run import run_comparison
 from pipeline.compare.store import Results
-from pipeline.errors import UserError
+from pipeline.errors import FatalWorkerError
 from pipeline.verify.cells import build_tables
 from pipeline.verify.scores import NO_PURIFIER, Cell, Score
-from pipeline.verify.tables import State
+from pipeline.verify.tables import State, Table
 from pipeline.verify.trial import METRIC
 from pipeline.verify.trials import QUESTION
 from protectors.noise import Noise
 from tests.e2e.command import FAKE
-from tests.pipeline.archives import photo, write_parquet
-from tests.protectors.tiny import save_tiny_model
-
-SIDE = 32
-QUICK = {"steps": 2, "batch": 1, "prior_images": 2, "bf16": False, "sampling": {"steps": 2}}
-SUBJECTS = {"cup": "mug", "rex": "dog", "zoe": "cat"}
+from tests.pipeline.compare_settings import SIDE, tiny_settings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -60,36 +55,9 @@ class Told:
         self.advanced += count
 
 
-def write_subjects(file: Path) -> Path:
-    """Three photos of each of three subjects; the first photo of "rex" bears FakeProtector's marker 7."""
-    rows = [(name, number) for name in SUBJECTS for number in range(3)]
-    data = [photo(place, side=SIDE, marker=7 if row == ("rex", 0) else None) for place, row in enumerate(rows)]
-    names = [name for name, _ in rows]
-    columns = {
-        "asset_id": [f"{name}-{number}" for name, number in rows],
-        "subject": names,
-        "subject_class": [SUBJECTS[name] for name in names],
-    }
-    return write_parquet(file, data, columns)
-
-
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
-    folder = tmp_path_factory.mktemp("compare")
-    config = save_tiny_model(folder / "model") / "unet" / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"sample_size": SIDE // 2}))
-    model = {"latent": str(folder / "model")}
-    return Settings(
-        methods=tuple(parse_methods("noise,noise@96")),
-        photos=write_subjects(folder / "subjects.parquet"),
-        subjects=2,
-        purifiers=("jpeg75",),
-        attacks=("dreambooth", "sdedit-0.3-quick"),
-        overrides=QUICK,
-        generated=2,
-        surrogates=model,
-        models=model,
-    )
+    return tiny_settings(tmp_path_factory.mktemp("compare"))
 
 
 @pytest.fixture(scope="module")
@@ -166,75 +134,58 @@ def test_numbers_are_equal_on_two_workers(
     assert [row.tables for row in again.rows] == [row.tables for row in found.rows]
 
 
-# --- Names of results
+def without(results: Results, key: str, folder: Path) -> Results:
+    """A copy of the results that lacks one trial."""
+    other = Results(folder)
+    for item in (*results.store.list("protected/"), *results.store.list("trials/")):
+        if item.key != f"trials/{key}.json":
+            other.store.put_new(item.key, results.store.get(item.key))
+    return other
 
 
-def keys(settings: Settings) -> tuple[set[str], set[str]]:
-    comparison = plan_comparison(settings)
-    protections = comparison.protections()
-    return {item.key for item in protections}, {trial.key for trial in comparison.trials(protections)}
+def failing(error: Exception) -> Callable[..., None]:
+    """Raises it, whatever it is given."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    return fail
 
 
-def test_more_of_the_same_keeps_what_is_stored(settings: Settings) -> None:
-    base = replace(settings, attacks=("dreambooth",))
-    protections, trials = keys(base)
-    for change in (
-        {"methods": (*base.methods, *parse_methods("noise@4"))},
-        {"subjects": 3},
-        {"subjects": ("rex", "cup")},
-        {"purifiers": ("median", "jpeg75")},
-        {"attacks": ("dreambooth", "sdedit-0.3-quick")},
-        {"edit_prompt": "a drawing"},
-        {"models": {**base.models, "pixel": "nano-ddpm"}},
-    ):
-        more_protections, more_trials = keys(replace(base, **change))  # type: ignore[arg-type]
-        assert protections <= more_protections, change
-        assert trials <= more_trials, change
-
-
-CHANGES: list[tuple[str, Mapping[str, Any], bool]] = [
-    ("eps_levels", {"methods": tuple(parse_methods("noise@7,noise@95"))}, True),
-    ("train", {"train": 1}, True),
-    ("seed", {"seed": 1}, True),
-    ("generated", {"generated": 3}, False),
-    ("overrides", {"overrides": {**QUICK, "steps": 3}}, False),
-    ("attack", {"attacks": ("lora",)}, False),
-    ("sampling", {"overrides": {**QUICK, "sampling": {"steps": 3}}}, False),
-]
-
-
-@pytest.mark.parametrize(("name", "change", "of_pixels"), CHANGES, ids=[change[0] for change in CHANGES])
-def test_whatever_decides_a_result_names_it(
-    name: str, change: Mapping[str, Any], of_pixels: bool, settings: Settings
+def test_a_failed_trial_is_told_and_run_again(
+    done: tuple[Comparison, Results, Told], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    base = replace(settings, attacks=("dreambooth",))
-    before, after = keys(base), keys(replace(base, **change))
-    assert before[0].isdisjoint(after[0]) == of_pixels
-    # Cells on clean photos are the same for another method; everything else is new.
-    assert len(before[1] & after[1]) == (6 if name == "eps_levels" else 0)
-
-
-def test_models_photos_and_versions_name_results(
-    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    base = replace(settings, methods=tuple(parse_methods("photoguard")))
-    protections, trials = keys(base)
-    other = {"latent": str(save_tiny_model(tmp_path / "other", seed=1))}
-    config = tmp_path / "other" / "unet" / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"sample_size": SIDE // 2}))
-    attacked = keys(replace(base, models=other))
-    assert attacked[0] == protections
-    assert attacked[1].isdisjoint(trials)
-    assert keys(replace(base, surrogates=other))[0].isdisjoint(protections)
+    comparison, results, _ = done
+    (lost,) = [
+        trial
+        for trial in comparison.trials(comparison.protections())
+        if trial.protection is not None
+        and (trial.protection.method.label, trial.protection.subject.name) == ("noise@96", "rex")
+        and isinstance(trial, PlannedCustomization)
+        and trial.cell is Cell.PURIFIED_PROTECTED
+    ]
+    other = without(results, lost.key, tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr("protectors.photoguard.PhotoGuard.version", "next")
-        assert keys(base)[0].isdisjoint(protections)
-    rows = write_parquet(
-        tmp_path / "p.parquet",
-        [photo(place + 1, side=SIDE) for place in range(4)],
-        {"asset_id": list("abcd"), "subject": ["cup", "cup", "rex", "rex"], "subject_class": ["mug"] * 4},
-    )
-    assert keys(replace(base, photos=rows))[1].isdisjoint(trials)
+        message = "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+        patch.setattr("pipeline.verify.trial.sample", failing(RuntimeError(message)))
+        with pytest.raises(FatalWorkerError, match="run the same command to go on"):
+            run_comparison(comparison, other, Told(), workers=1)
+        assert lost.key not in {item.key.split("/")[1] for item in other.store.list("trials/")}
+        patch.setattr("pipeline.verify.trial.sample", failing(RuntimeError("sizes do not match")))
+        run_comparison(comparison, other, Told(), workers=1)
+    found = gather(comparison, other, {}, against="noise")
+    told = "dreambooth of rex, noise@96, purifier jpeg75: RuntimeError: sizes do not match"
+    assert found.failed_trials == [told]
+    assert json.loads(json.dumps(report.document(found), allow_nan=False))["failed_trials"] == [told]
+    # What was not measured might be the worst.
+    worst = [row for row in csv.DictReader(io.StringIO(report.flat(found))) if row["purifier"] == "worst"]
+    assert (worst[2]["method"], worst[2]["attack"], worst[2]["value"]) == ("noise@96", "dreambooth", "")
+    assert worst[2]["reason"].startswith("not measured: jpeg75")
+    assert "no worst case: not measured: jpeg75 (noise@96)" in report.notes(found, comparison.attacks[0])
+    again = Told()
+    run_comparison(comparison, other, again, workers=1)
+    assert again.steps[1] == ("attack", 22, 21)
+    assert gather(comparison, other, {}).failed_trials == []
 
 
 # --- Methods that fail
@@ -280,6 +231,10 @@ def test_tables_hold_the_four_cells(found: Findings) -> None:
     one, other = (row.tables["dreambooth"].rows[0] for row in found.rows)
     assert one.clean == other.clean
     assert one.protected != other.protected
+    edits = [row.tables["sdedit-0.3-quick"].rows for row in found.rows]
+    assert [row.clean for row in edits[0]] == [row.clean for row in edits[1]]  # one control for all methods
+    assert edits[1][0].residual is not None
+    assert edits[1][0].residual.value > 0.02  # and noise of 96 levels is not its own
     assert found.rows[0].fidelity is not None
     assert found.rows[1].fidelity is not None
     assert found.rows[0].fidelity.time_ratio == 1
@@ -308,7 +263,9 @@ def test_differences_are_of_worst_cases_and_paired() -> None:
     strong = scored(lambda number, name: (0.9 if name == "none" else 0.5) + noise[number])
     weak = scored(lambda number, name: (0.3 if name == "none" else 0.6) + noise[number])
     tables = [build_tables(scores, [QUESTION])[0] for scores in (strong, weak)]
-    found = differences((strong, weak), (tables[0], tables[1]))
+    held = differences((strong, weak), (tables[0], tables[1]))
+    found = held.intervals
+    assert held.reason == ""
     gain = float(np.mean([1 + number / 100 for number in range(12)]))
     assert found["none"].value == pytest.approx(0.6 / gain)
     assert found["p"].value == pytest.approx(-0.1 / gain)
@@ -324,7 +281,7 @@ def test_differences_are_of_worst_cases_and_paired() -> None:
         assert summary.worst_effect is not None
         assert summary.worst_effect.value == pytest.approx((value + noise.mean()) / gain)
     reverse = differences((weak, strong), (tables[1], tables[0]))
-    assert reverse[WORST].value == pytest.approx(-found[WORST].value)
+    assert reverse.intervals[WORST].value == pytest.approx(-found[WORST].value)
 
 
 def test_a_purifier_that_does_not_count_is_in_no_difference() -> None:
@@ -333,7 +290,62 @@ def test_a_purifier_that_does_not_count_is_in_no_difference() -> None:
     ruined = replace(table, rows=[replace(row, state=State.INVALID) if row.purifier == "p" else row
                                   for row in table.rows])  # fmt: skip
     found = differences((strong, weak), (table, ruined))
-    assert found.keys() == {"none", WORST}
+    assert found.intervals.keys() == {"none"}  # the worst of two is not the worst of one
+    assert found.reason == "not the same purifiers count for both"
+
+
+def test_there_is_no_difference_where_there_is_no_effect(found: Findings) -> None:
+    """After the purifier the attacker's gain has either sign, so its share is any number, or none."""
+
+    def swaying(score: Score) -> Score:
+        return replace(score, value=3.5 if int(score.unit[1:]) % 2 else -2.0)
+
+    sides = []
+    for left in (0.9, 0.3):
+        scores = scored(lambda number, name, left=left: left)  # type: ignore[misc]
+        sides.append([swaying(item) if item.cell is Cell.PURIFIED else item for item in scores])
+    tables = [build_tables(scores, [QUESTION])[0] for scores in sides]
+    assert [(row.purifier, row.state, row.effect is None) for row in tables[0].rows] == [
+        ("none", State.MEASURED, False),
+        ("p", State.MEASURED, True),
+    ]
+    held = differences((sides[0], sides[1]), (tables[0], tables[1]))
+    assert held.intervals.keys() == {"none"}
+    assert held.intervals["none"].value == pytest.approx(0.6 / np.mean([1 + number / 100 for number in range(12)]))
+    assert held.reason == "one of the two has no worst case (no effect: p)"
+    row = replace(found.rows[0], tables={"dreambooth": tables[0]}, differences={"dreambooth": held})
+    notes = report.notes(replace(found, rows=[row]), found.comparison.attacks[0])
+    assert "no effect after p: what the attack gains on clean photos is not surely above zero" in notes
+    assert "no worst case: no effect: p" in notes
+    assert f"no difference of worst cases: {held.reason}" in notes
+
+
+def weak_table() -> tuple[list[Score], Table]:
+    """An attack that gains a tenth of what there is; protection stops most of it."""
+    scores = [
+        replace(item, value=10.0) if item.cell is Cell.CEILING else item for item in scored(lambda number, name: 0.8)
+    ]
+    return scores, build_tables(scores, [QUESTION])[0]
+
+
+def test_a_weak_attack_is_marked(found: Findings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores, weak = weak_table()
+    strong = build_tables(scored(lambda number, name: 0.8), [QUESTION])[0]
+    assert differences((scores, scores), (weak, weak)).intervals == {}
+    named = [
+        replace(table, rows=[table.rows[0], replace(table.rows[1], purifier="jpeg75")]) for table in (strong, weak)
+    ]
+    rows = [replace(row, tables={"dreambooth": table}) for row, table in zip(found.rows, named, strict=True)]
+    marked = replace(found, rows=rows, comparison=replace(found.comparison, attacks=found.comparison.attacks[:1]))
+    cells = [line[-2] for line in report.lines(marked, found.comparison.attacks[0])]
+    assert [cell.endswith("] (attack too weak)") for cell in cells] == [False, True]
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    pictures.plot(marked, tmp_path / "plot.png")
+    (axes,) = drawn[0].axes
+    points = [line for line in axes.lines if line.get_marker() == "o"]
+    assert [point.get_markerfacecolor() == "none" for point in points] == [False, True]
+    assert "hollow" in axes.get_title()
 
 
 # --- What is written
@@ -358,7 +370,13 @@ def test_every_number_is_written(found: Findings) -> None:
     assert all(row["n"] == "2" for row in rows)
     first = found.rows[1].tables["dreambooth"].rows[0]
     assert float(rows[6]["protected"]) == first.protected
+    assert document["attacks"]["dreambooth"]["parameters"]["steps"] == 2
+    assert document["attacks"]["sdedit-0.3-quick"]["parameters"]["strength"] == 0.3
+    assert "noise of 8 levels" in document["attacks"]["sdedit-0.3-quick"]["measure"]
+    assert document["purifiers"]["jpeg75"]["quality"] == 75
+    assert len(document["embedder"]["digest"]) == 64
     text = report.markdown(found)
+    assert "with fewer than 10 subjects nothing is claimed" in text
     assert text.count("\n| noise@96 |") == 2
     assert "less that of noise" in text
 
@@ -375,66 +393,3 @@ def test_pictures_show_every_method(found: Findings, done: tuple[Comparison, Res
     assert np.abs(np.asarray(shown).astype(int) - original).mean() < 12
     assert len(np.unique(sheet[top : top + pictures._CELL, -pictures._CELL :])) > 10  # nothing is left white
     assert Image.open(tmp_path / "plot.png").width > 800
-
-
-# --- What may be asked for
-
-
-def test_methods_are_written_shortly() -> None:
-    found = parse_methods(" mist, advdm:paper@4.5 ,noise@96,")
-    assert [(spec.label, spec.name, spec.preset, spec.eps_levels) for spec in found] == [
-        ("mist", "mist", "fast", None),
-        ("advdm:paper@4.5", "advdm", "paper", 4.5),
-        ("noise@96", "noise", "fast", 96.0),
-    ]
-    with pytest.raises(UserError, match="'noise@much': write name"):
-        parse_methods("noise@much")
-
-
-def test_methods_come_from_a_file(tmp_path: Path, settings: Settings) -> None:
-    file = tmp_path / "methods.yaml"
-    file.write_text("- {name: mist, label: short, overrides: {steps: 7}}\n- {name: noise, eps_levels: 3}\n")
-    comparison = plan_comparison(replace(settings, methods=tuple(read_methods(file))))
-    short, noise = comparison.methods
-    assert (short.label, short.config["steps"], short.config["eps_levels"]) == ("short", 7, 8.0)
-    assert (noise.label, noise.config["eps_levels"]) == ("noise", 3.0)
-    check_label("short", comparison.methods)
-    with pytest.raises(UserError, match="no method 'shirt' in this comparison; it has short"):
-        check_label("shirt", comparison.methods)
-    for text, words in (
-        ("mist", "must hold a list"),
-        ("- {nam: mist}", "no such field 'nam'"),
-        ("- {label: x}", "without a name"),
-        ("- {name: mist, overrides: 3}", "must be a mapping"),
-        ("[", "cannot be read as YAML"),
-    ):
-        file.write_text(text)
-        with pytest.raises(UserError, match=words):
-            read_methods(file)
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"methods": ()}, "nothing to compare"),
-        ({"methods": tuple(parse_methods("mits"))}, "did you mean 'mist'"),
-        ({"methods": tuple(parse_methods("mist:slow"))}, "no preset 'slow'"),
-        ({"methods": tuple(parse_methods("noise@0"))}, "eps_levels"),
-        ({"methods": (MethodSpec(label="m", name="mist", overrides={"stepz": 1}),)}, "stepz"),
-        ({"methods": tuple(parse_methods("noise,noise"))}, "two methods are called 'noise'"),
-        ({"methods": tuple(parse_methods("noise,noise:fast"))}, "'noise' and 'noise:fast' are the same"),
-        ({"attacks": ()}, "nothing to attack with"),
-        ({"attacks": ("sdedit-quick",)}, "did you mean sdedit"),
-        ({"attacks": ("dreambooth:slow",)}, "no preset 'slow'"),
-        ({"attacks": ("instruct-pix2pix",)}, "no instruct model given"),
-        ({"overrides": {"stepz": 1}}, "stepz"),
-        ({"purifiers": ("jpeg-75",)}, "no purifier named 'jpeg-75'"),
-        ({"models": {"latent": "/no/such/folder"}}, "/no/such/folder"),
-        ({"subjects": ("max",)}, "no subject 'max'; it has cup, rex, zoe"),
-        ({"subjects": 0}, "no subjects"),
-        ({"photos": Path("/no/such.parquet")}, "--photos"),
-    ],
-)
-def test_what_cannot_work_is_refused_at_once(change: dict[str, Any], words: str, settings: Settings) -> None:
-    with pytest.raises(UserError, match=words):
-        plan_comparison(replace(settings, **change))
