@@ -16,11 +16,11 @@ from protectors.base import Batch, ImageProtector
 from protectors.config import ProtectorConfig, require
 from protectors.diffusion import DiffusionModel
 from protectors.model_files import ModelError
-from protectors.objectives import Draws, latent_denoising_loss
-from protectors.pgd import PgdPlan, Progress, pgd
+from protectors.objectives import Draws, draw_for, latent_denoising_loss
+from protectors.pgd import PgdPlan, Progress, pgd, repaired
 from protectors.prompt_tuning import tune_prompts
-from protectors.randomness import integers, normal, streams
-from protectors.surrogate import SurrogateKind, group_seed, make_surrogates
+from protectors.randomness import streams
+from protectors.surrogate import SurrogateKind, check_surrogate, make_surrogates, subject_seeds
 
 Stage = Literal["prompt", "image", "weights"]
 Heads = Literal["all", "second_half"]
@@ -122,15 +122,17 @@ class AntiDiffusion(ImageProtector[AntiDiffusionConfig, DiffusionModel]):
         fixed draws. Prompts are ignored.
 
     Raises:
-        ValueError: bad input or configuration. ModelError: the model is no ``DiffusionModel``, or has no
-        cross-attention where the configuration looks for it.
+        ValueError: bad input or configuration. ModelError: the model is no ``DiffusionModel``, has no cross-attention
+        where the configuration looks for it, has fewer timesteps, or is not in float32 for a full surrogate.
 
     Cost: published, 340 UNet passes forward and backward, 100 of them with weight gradients, and 60 of the encoder.
-        The full surrogate needs memory for five copies of the UNet and takes one subject at a time.
+        The full surrogate takes one subject at a time, and memory for four copies of the UNet on the device (weights,
+        gradients, two moments) and one beside it.
 
     Differs from the paper: fixed ball around the original; v-prediction models use v as target in all stages;
         "fast" and "strong" train low-rank deltas. Not offered: the public code's re-centred ball (it is a larger
-        budget by another name) and its weight gradients that leak from one stage into another.
+        budget by another name) and its weight gradients that leak from one stage into another; moments of AdamW that
+        live on from one stage to the next (reset_adam); transforms of the image in the loop (transform_eot).
     """
 
     name = "anti_diffusion"
@@ -153,6 +155,14 @@ class AntiDiffusion(ImageProtector[AntiDiffusionConfig, DiffusionModel]):
             eps_levels=16.0, epochs=10, pgd_steps=20, step_levels=0.5, unet_rate=5e-4, surrogate="lora", n_eot=2
         ),
     }
+
+    def __init__(self, config: AntiDiffusionConfig, model: DiffusionModel) -> None:
+        super().__init__(config, model)
+        check_surrogate(config.surrogate, model)
+        if config.t_range[1] >= model.schedule.timesteps:
+            raise ModelError(f"t_range={config.t_range}: the model has {model.schedule.timesteps} timesteps")
+        if config.lambda_sdl > 0 and config.attn_abs is None:
+            self._layers_at(config.attn_factor)
 
     @property
     def steps(self) -> int:
@@ -193,18 +203,16 @@ class AntiDiffusion(ImageProtector[AntiDiffusionConfig, DiffusionModel]):
     def _alternate(self, batch: Batch, tick: Callable[[], None]) -> Tensor:
         """The stages in their order, for images whose surrogates are trained side by side."""
         config, images = self.config, batch.originals
-        owners = {place: number for number, group in enumerate(batch.groups) for place in group}
         generators = streams(batch.seeds, "anti_diffusion/attack")
         embeddings, moments = self._empty_prompts(batch), self._moments(images)
-        seeds = [group_seed([batch.seeds[place] for place in group]) for group in batch.groups]
-        surrogates = make_surrogates(config.surrogate, self.model, seeds)
-        with surrogates, surrogates.owned([owners[place] for place in range(len(images))]):
+        surrogates = make_surrogates(config.surrogate, self.model, subject_seeds(batch))
+        with surrogates, surrogates.owned(batch.owners):
             for stage in self._stages:
                 if stage == "prompt":
                     embeddings = self._tune(embeddings, moments, generators, tick)
                 elif stage == "image":
                     images = self._climb(images, embeddings, generators, batch=batch, tick=tick)
-                    moments = self._moments(images)
+                    moments = self._moments(repaired(images, batch.originals))
                 else:
                     losses = self._lesson(batch.groups, embeddings, moments, generators, tick)
                     surrogates.fit(losses, steps=config.unet_steps, rate=config.unet_rate, clip=config.grad_clip)
@@ -224,10 +232,8 @@ class AntiDiffusion(ImageProtector[AntiDiffusionConfig, DiffusionModel]):
             tick()
             draws = self._draw(moments, generators)
             latents = self._latents(moments, draws) if self.config.pt_resample else kept
-            if self.config.pt_target == "model":
-                return latent_denoising_loss(self.model, latents, prompts, draws)
-            noisy = self.model.add_noise(latents, draws.noise, draws.t)
-            return (self.model.predict(noisy, draws.t, prompts) - draws.noise).square().flatten(1).mean(1)
+            target = draws.noise if self.config.pt_target == "eps" else None
+            return latent_denoising_loss(self.model, latents, prompts, draws, target=target)
 
         return tune_prompts(loss, embeddings, steps=self.config.pt_steps, rate=self.config.pt_rate)
 
@@ -286,16 +292,22 @@ class AntiDiffusion(ImageProtector[AntiDiffusionConfig, DiffusionModel]):
         return loss + self.config.lambda_sdl * semantic_disturbance(attention, scale)
 
     def _layers(self, latents: Tensor) -> list[Any]:
+        """Where attention is recorded for latents of this size."""
+        if self.config.attn_abs is None:
+            return self._layers_at(self.config.attn_factor)
+        elements = latents[0, 0].numel()
+        factor = math.isqrt(elements) // self.config.attn_abs
+        fits = elements == (factor * self.config.attn_abs) ** 2
+        return self._layers_at(factor if fits else 0, f" on latents of {latents.shape[-2]} x {latents.shape[-1]}")
+
+    def _layers_at(self, factor: int | None, size: str = "") -> list[Any]:
+        """Layers whose grid is so much smaller than that of the latents; None takes the coarsest."""
         levels = cross_attention_layers(self.model.unet)
-        factor = self.config.attn_factor or max(levels, default=0)
-        if self.config.attn_abs is not None:
-            factor = math.isqrt(latents[0, 0].numel()) // self.config.attn_abs
-            if latents[0, 0].numel() != (factor * self.config.attn_abs) ** 2:
-                factor = 0
+        factor = max(levels, default=0) if factor is None else factor
         if factor not in levels:
             raise ModelError(
-                f"no cross-attention for attn_factor={self.config.attn_factor}, attn_abs={self.config.attn_abs} on "
-                f"latents of {latents.shape[-2]} x {latents.shape[-1]}; choose attn_factor from {sorted(levels)}"
+                f"no cross-attention for attn_factor={self.config.attn_factor}, attn_abs={self.config.attn_abs}{size}; "
+                f"choose attn_factor from {sorted(levels)}"
             )
         return levels[factor]
 
@@ -314,15 +326,7 @@ class AntiDiffusion(ImageProtector[AntiDiffusionConfig, DiffusionModel]):
         return self.model.latents(moments, draws.posterior if sampled else torch.zeros_like(draws.posterior))
 
     def _draw(self, moments: Moments, generators: Sequence[torch.Generator]) -> Draws:
-        first, last = self.config.t_range
-        if last >= self.model.schedule.timesteps:
-            raise ValueError(f"t_range={self.config.t_range}: the model has {self.model.schedule.timesteps} timesteps")
-        shape, device = moments[0].shape[1:], self.model.device
-        return Draws(
-            t=integers(generators, first, last + 1).to(device),
-            noise=normal(generators, shape).to(device),
-            posterior=normal(generators, shape).to(device),
-        )
+        return draw_for(self.model, moments[0].shape[1:], generators, t_range=self.config.t_range)
 
     def _empty_prompts(self, batch: Batch) -> Tensor:
         return self.model.embed_prompts([""] * len(batch.seeds))

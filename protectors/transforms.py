@@ -17,6 +17,10 @@ from torch import Tensor
 from protectors.config import require
 from protectors.constraints import LEVELS
 
+# Smallest and largest standard deviation of the blur in pixels, and the best JPEG quality.
+_BLUR_SIGMAS = (0.1, 2.0)
+_JPEG_HIGH = 95
+
 Transform = Callable[[Tensor], Tensor]
 """Images ``(B, 3, H, W)`` in [0, 1] -> the same shape and range, with gradient."""
 
@@ -37,35 +41,26 @@ class Transforms:
     chance: float = 1.0
     # Mirrors left and right in half of the draws.
     flip: bool = False
-    # Largest share of each side that a centre crop cuts off (half of it at either end); enlarged to the old size.
-    crop_share: float = 0.0
     # Smallest factor of a change of size and back, drawn up to 1; 1 is off.
     resize_low: float = 1.0
-    # Window of a Gaussian blur in pixels, odd; 0 is off. The standard deviation is drawn between the two bounds.
+    # Window of a Gaussian blur in pixels, odd; 0 is off. The standard deviation is drawn from 0.1 to 2 pixels.
     blur_size: int = 0
-    blur_sigma_low: float = 0.1
-    blur_sigma_high: float = 2.0
     # Largest standard deviation of Gaussian noise in 8-bit levels, drawn from 0; 0 is off.
     noise_levels: float = 0.0
-    # Range of JPEG qualities on libjpeg's scale, 4:2:0; None is off.
+    # Smallest JPEG quality on libjpeg's scale, drawn up to 95, with 4:2:0 chroma; None is off.
     jpeg_low: int | None = None
-    jpeg_high: int = 95
 
     def __post_init__(self) -> None:
         require(0 <= self.chance <= 1, "chance", self.chance, "use 0 to 1")
-        require(0 <= self.crop_share <= 0.9, "crop_share", self.crop_share, "use 0 (off) to 0.9")
         require(0.1 <= self.resize_low <= 1, "resize_low", self.resize_low, "use 0.1 to 1 (off)")
         odd = self.blur_size == 0 or self.blur_size % 2 == 1
         require(odd and self.blur_size >= 0, "blur_size", self.blur_size, "use 0 (off) or an odd number of pixels")
-        ordered = 0 < self.blur_sigma_low <= self.blur_sigma_high
-        require(ordered, "blur_sigma_low", self.blur_sigma_low, "use more than 0 and at most blur_sigma_high (pixels)")
         require(self.noise_levels >= 0, "noise_levels", self.noise_levels, "use 0 (off) or more (8-bit levels)")
         low = 1 if self.jpeg_low is None else self.jpeg_low
-        require(1 <= low <= self.jpeg_high, "jpeg_low", self.jpeg_low, "use 1 to jpeg_high, or null (off)")
-        require(self.jpeg_high <= 100, "jpeg_high", self.jpeg_high, "use at most 100")
+        require(1 <= low <= _JPEG_HIGH, "jpeg_low", self.jpeg_low, f"use 1 to {_JPEG_HIGH}, or null (off)")
 
     def draw(self, images: Tensor, generators: Sequence[torch.Generator]) -> Transform:
-        """The next transform of each image's own generator; only the shape and device of `images` count.
+        """The next transform of each image's own generator; only the shape of `images` counts.
 
         Returns:
             A function that may be called repeatedly and does the same each time. Images go through it one by one:
@@ -85,30 +80,20 @@ class Transforms:
         chain: list[Transform] = []
         if self.flip and _between(0, 1, generator) < 0.5:
             chain.append(partial(torch.flip, dims=(-1,)))
-        if self.crop_share > 0 and self._taken(generator):
-            chain.append(partial(crop, share=_between(0, self.crop_share, generator)))
         if self.resize_low < 1 and self._taken(generator):
             chain.append(partial(resample, factor=_between(self.resize_low, 1, generator)))
         if self.blur_size > 0 and self._taken(generator):
-            sigma = _between(self.blur_sigma_low, self.blur_sigma_high, generator)
-            chain.append(partial(blur, size=self.blur_size, sigma=sigma))
+            chain.append(partial(blur, size=self.blur_size, sigma=_between(*_BLUR_SIGMAS, generator)))
         if self.noise_levels > 0 and self._taken(generator):
             spread = _between(0, self.noise_levels, generator) / LEVELS
             chain.append(partial(_add, noise=spread * torch.randn((3, *size), generator=generator)))
         if self.jpeg_low is not None and self._taken(generator):
-            quality = int(torch.randint(self.jpeg_low, self.jpeg_high + 1, (), generator=generator))
+            quality = int(torch.randint(self.jpeg_low, _JPEG_HIGH + 1, (), generator=generator))
             chain.append(partial(jpeg, quality=quality))
         return chain
 
     def _taken(self, generator: torch.Generator) -> bool:
         return _between(0, 1, generator) < self.chance
-
-
-def crop(images: Tensor, share: float) -> Tensor:
-    """Cuts this share of each side's length off, half at either end, and enlarges the rest to the old size."""
-    height, width = images.shape[-2:]
-    top, left = (min((side - 1) // 2, round(side * share / 2)) for side in (height, width))
-    return _resize(images[..., top : height - top, left : width - left], (height, width))
 
 
 def resample(images: Tensor, factor: float) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from protectors import anti_diffusion
-from protectors.anti_diffusion import AntiDiffusion, AntiDiffusionConfig, mean_attention, semantic_disturbance
+from protectors.anti_diffusion import AntiDiffusion, AntiDiffusionConfig, semantic_disturbance
 from protectors.attention import cross_attention_layers
 from protectors.diffusion import DiffusionModel, load_model
 from protectors.model_files import ModelError
@@ -59,39 +59,6 @@ def fixed_draws(model: DiffusionModel, images: Tensor) -> Draws:
 
 def gain(protector: AntiDiffusion, images: Tensor, prompts: Tensor, draws: Draws) -> Tensor:
     return protector._gain(protector.model.encode_moments(images), prompts, draws)
-
-
-def test_uniform_and_certain_attention_have_their_known_losses() -> None:
-    uniform = torch.full((2, 6, 77), 1 / 77)
-    certain = torch.zeros(2, 6, 77)
-    certain[..., 0] = 1
-    torch.testing.assert_close(semantic_disturbance(uniform, 100.0), torch.tensor([-1.0, -1.0]))
-    torch.testing.assert_close(semantic_disturbance(certain, 100.0), torch.tensor([-1 / 77] * 2))
-    # Without the cut the optimum is the opposite.
-    torch.testing.assert_close(semantic_disturbance(uniform, None), torch.tensor([-1.0, -1.0]))
-    torch.testing.assert_close(semantic_disturbance(certain, None), torch.tensor([-77.0, -77.0]))
-
-
-def test_disturbance_pushes_weak_attention_only() -> None:
-    logits = torch.randn(1, 5, 77, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 2
-    attention = logits.softmax(-1).requires_grad_()
-    (gradient,) = torch.autograd.grad(semantic_disturbance(attention, 100.0).sum(), attention)
-    strong = attention >= 0.01
-    assert 0 < strong.sum() < strong.numel()
-    assert (gradient[strong] == 0).all()
-    torch.testing.assert_close(gradient[~strong], -2e4 * attention.detach()[~strong] / (5 * 77))
-    logits.requires_grad_()
-    before = semantic_disturbance(logits.softmax(-1), 100.0).sum()
-    (uphill,) = torch.autograd.grad(before, logits)
-    assert semantic_disturbance((logits + uphill).softmax(-1), 100.0).sum() > before
-
-
-def test_attention_is_averaged_over_layers_and_the_chosen_heads() -> None:
-    maps = [torch.rand(2, 4, 3, 5), torch.rand(2, 2, 3, 5)]
-    everything = (maps[0].sum(1) + maps[1].sum(1)) / 6
-    torch.testing.assert_close(mean_attention(maps, "all"), everything)
-    second = (maps[0][:, 2:].sum(1) + maps[1][:, 1:].sum(1)) / 3
-    torch.testing.assert_close(mean_attention(maps, "second_half"), second)
 
 
 def attention_in_float64(unet: Any, run: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
@@ -303,9 +270,9 @@ def test_what_prompts_aim_at_differs_for_v_prediction_only(models: dict[str, Dif
 def test_layers_are_chosen_by_factor_or_by_their_number_of_queries(models: dict[str, DiffusionModel]) -> None:
     model = models["epsilon"]
     assert torch.equal(pixels(model, attn_factor=1), pixels(model, attn_abs=8))  # latents of 8 x 8
-    for change in ({"attn_factor": 2}, {"attn_abs": 16}, {"attn_abs": 4}, {"attn_abs": 7}):
+    for size in (16, 4, 7):
         with pytest.raises(ModelError, match=r"8 x 8; choose attn_factor from \[1\]"):
-            pixels(model, **change)
+            pixels(model, attn_abs=size)
 
 
 def test_three_stages_encode_an_image_as_often_as_it_changes(
@@ -366,7 +333,7 @@ def test_presets_keep_the_published_numbers(models: dict[str, DiffusionModel]) -
     assert paper.step_levels == pytest.approx(2e-3 * 127.5)
     assert (paper.pt_rate, paper.unet_rate, paper.grad_clip) == (1e-3, 5e-7, None)
     assert (paper.lambda_sdl, paper.sdl_variant, paper.sdl_scale, paper.surrogate) == (1, "clamp", 100, "full")
-    assert AntiDiffusion(paper, models["epsilon"]).steps == 340
+    assert AntiDiffusion(paper.replace(attn_factor=1), models["epsilon"]).steps == 340
 
 
 @pytest.mark.parametrize(
@@ -386,13 +353,40 @@ def test_impossible_values_are_refused(change: dict[str, Any], message: str) -> 
         SMALL.replace(**change)
 
 
-def test_timesteps_that_the_model_lacks_are_refused(models: dict[str, DiffusionModel]) -> None:
-    with pytest.raises(ValueError, match="1000 timesteps"):
-        pixels(models["epsilon"], t_range=[0, 1000])
+@pytest.mark.parametrize(
+    ("change", "message"), [({"t_range": [0, 1000]}, "1000 timesteps"), ({"attn_factor": 2}, r"from \[1\]")]
+)
+def test_what_the_model_lacks_is_told_before_any_image(
+    change: dict[str, Any], message: str, models: dict[str, DiffusionModel]
+) -> None:
+    with pytest.raises(ModelError, match=message):
+        AntiDiffusion(SMALL.replace(**change), models["epsilon"])
+    # Without the disturbance no attention is looked for.
+    AntiDiffusion(SMALL.replace(attn_factor=2, lambda_sdl=0.0), models["epsilon"])
 
 
 def test_a_full_surrogate_needs_float32(folders: dict[str, Path]) -> None:
     model = load_model(str(folders["epsilon"]), dtype=torch.bfloat16)
-    with pytest.raises(ValueError, match="float32"):
-        pixels(model, surrogate="full")
+    with pytest.raises(ModelError, match="float32"):
+        AntiDiffusion(SMALL.replace(surrogate="full"), model)
     assert (pixels(model) != pictures(1)).any()
+
+
+def test_an_image_that_fails_leaves_its_group_and_the_others_alone(
+    models: dict[str, DiffusionModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, options = models["v_prediction"], {"share": "group", "unet_rate": 1e-2}
+    protector = AntiDiffusion(SMALL.replace(**options), model)
+    images, seeds, groups = pictures(3), [1, 2, 3], ["cat", "dog", "cat"]
+    whole = protector.protect(images, seeds=seeds, groups=groups)
+
+    def broken(loss: Callable[..., Tensor], *given: Any, **options: Any) -> Tensor:
+        factor = torch.tensor([torch.nan, 1.0, 1.0])
+        return pgd(lambda images, step: loss(images, step) * factor, *given, **options)
+
+    monkeypatch.setattr(anti_diffusion, "pgd", broken)
+    result = protector.protect(images, seeds=seeds, groups=groups)
+    assert [fact.failed is None for fact in result.facts] == [False, True, True]
+    assert torch.equal(result.images[0], images[0])
+    assert torch.equal(result.images[1], whole.images[1])
+    assert (result.images[2] != images[2]).any()

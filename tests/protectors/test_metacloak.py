@@ -88,7 +88,7 @@ def test_ages_of_the_snapshots() -> None:
 def test_number_of_passes_and_updates(
     model: DiffusionModel, pictured: list[Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As stated: 2 passes, 3 snapshots, 2 rounds, 2 steps; four updates to the last snapshot, then one between rounds."""
+    """As stated: 2 passes, 3 snapshots, 2 rounds, 2 steps; four updates to the last snapshot, one between rounds."""
     updates: list[int] = []
     fit = Surrogates.fit
 
