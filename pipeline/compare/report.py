@@ -190,8 +190,8 @@ def written(interval: Interval | None) -> str:
     if interval is None:
         return "-"
     if interval.low is None or interval.high is None:
-        return f"{interval.value:.2f}"
-    return f"{interval.value:.2f} [{interval.low:.2f}, {interval.high:.2f}]"
+        return f"{interval.value:z.2f}"
+    return f"{interval.value:z.2f} [{interval.low:z.2f}, {interval.high:z.2f}]"
 
 
 def notes(found: Findings, attack: AttackSpec) -> list[str]:
