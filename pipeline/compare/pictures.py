@@ -45,7 +45,8 @@ def plot(found: Findings, file: Path) -> None:
                 hollow = " (hollow: not to be read as a claim)"
             axes.annotate(row.method.label, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=8)
         axes.set_xscale("log")  # noise that destroys the photos is ten times as visible as the rest
-        axes.xaxis.set_major_formatter(ScalarFormatter())
+        for place_labels in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+            place_labels(ScalarFormatter())
         axes.margins(x=0.15)
         axes.set_title(attack.label + hollow)
         axes.set_xlabel("visibility: mean CIEDE2000 to the original")
