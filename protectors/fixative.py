@@ -80,7 +80,7 @@ class Fixative(ImageProtector[FixativeConfig, DiffusionModel]):
 
     No paper; its parts are known: Mist's fused loss (https://arxiv.org/abs/2305.12683), expectation over transforms
     (https://arxiv.org/abs/1707.07397), momentum (https://arxiv.org/abs/1710.06081). J = E over T of mean (z(D(E(T(x))))
-    - z(y))^2, minimised: T are random resampling, blur, noise and JPEG, and D(E(.)) is the VAE to pixels and back, which
+    - z(y))^2, minimised: T are random resampling, blur, noise, JPEG, and D(E(.)) is the VAE to pixels and back, which
     purifiers of the latent kind begin and end with. Mist's term, - lambda || eps_theta(z_t, t, c) - n ||^2, can be
     added, and copies without D(E(.)). With ``flat_share`` below 1 a change uses less of the budget where the image is
     flat, and an eye would see it first.
