@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar, Literal
 
 import torch
-from kornia.color import rgb_to_grayscale
 from torch import Tensor
 
 from protectors.base import Batch, ImageProtector
@@ -127,7 +127,9 @@ class AntiPure(ImageProtector[AntiPureConfig, PixelModel]):
         and both timesteps go through the UNet together, in parts that bound memory.
 
     Differs from the paper: nothing known; step length, patch size, t_err and number of steps are not published, nor
-        is code. Formulas and weights are from a public reading of the paper.
+        is code. Formulas and weights are from a public reading of the paper. Of what that leaves open, not offered:
+        momentum, a sum in place of the mean (mse_reduction), transforms of the image in the loop, a random t_err, and
+        layouts of random crops or of the whole image at the tile's size.
     """
 
     name = "antipure"
@@ -149,7 +151,6 @@ class AntiPure(ImageProtector[AntiPureConfig, PixelModel]):
             raise ModelError(f"patches of {config.patch_size} do not divide half of the model's tile of {side} pixels")
         if config.t_err > longest:
             raise ModelError(f"t_err={config.t_err}: the model has {longest} timesteps")
-        self._frequencies = PatchFrequencies(side, config.patch_size, config.dct_norm, model.device)
 
     @property
     def steps(self) -> int:
@@ -217,13 +218,16 @@ class AntiPure(ImageProtector[AntiPureConfig, PixelModel]):
         if self.config.clip_xhat0:
             clean = clean.clamp(-1, 1)
         if self.config.color == "luma":
+            from kornia.color import rgb_to_grayscale  # costs a second to import, and few configurations use it
+
             clean = rgb_to_grayscale(clean)
-        values = self._frequencies.coefficients(clean, starts)
+        frequencies = _frequencies(self.model.base_size, self.config.patch_size, self.config.dct_norm, clean.device)
+        values = frequencies.coefficients(clean, starts)
         if self.config.pfg_form == "abs":
             values = values.abs()
         elif self.config.pfg_form == "energy":
             values = values.square()
-        return values.flatten(1).sum(1) / self._frequencies.count(clean.shape[1], starts)
+        return values.flatten(1).sum(1) / frequencies.count(clean.shape[1], starts)
 
     @property
     def _together(self) -> int:
@@ -272,6 +276,10 @@ class AntiPure(ImageProtector[AntiPureConfig, PixelModel]):
             origins.append((0, 0))
             patched.append(float(whole and not self.config.patch_shift))
         return (shift - torch.tensor(origins)) % size, torch.tensor(patched)
+
+
+# By device: a model can be moved.
+_frequencies = lru_cache(maxsize=4)(PatchFrequencies)
 
 
 def timestep_guidance(right: Tensor, wrong: Tensor, moved: Literal["both", "t", "t_err"] = "both") -> Tensor:

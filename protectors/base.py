@@ -50,9 +50,13 @@ class ProtectResult:
     facts: tuple[ImageFacts, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, weakref_slot=True)
 class Batch:
-    """Checked input of a method, on the device where it computes."""
+    """Checked input of a method, on the device where it computes.
+
+    One object serves a whole call of ``protect``: what is costly to derive from it can be kept in a
+    ``WeakKeyDictionary``.
+    """
 
     originals: Tensor
     """``(B, 3, H, W)`` float32 in [0, 1], rounded to 8 bit."""

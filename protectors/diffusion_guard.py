@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ from protectors.objectives import embed_prompts
 from protectors.pgd import PgdPlan, Progress, pgd, start_of
 from protectors.randomness import normal, streams
 
-# Points along each side of the random field that decides how far the contour moves; smooth in between.
+# Points along each side of the random field over a mask that decides how far its contour moves; smooth in between.
 _FIELD = 8
 
 
@@ -80,6 +81,10 @@ class DiffusionGuard(ImageProtector[DiffusionGuardConfig, InpaintingModel]):
         "strong": DiffusionGuardConfig(eps_levels=16.0, step_levels=0.5, steps=800),
     }
 
+    def __init__(self, config: DiffusionGuardConfig, model: InpaintingModel) -> None:
+        super().__init__(config, model)
+        self._known: WeakKeyDictionary[Batch, KeptAreas] = WeakKeyDictionary()
+
     @property
     def steps(self) -> int:
         return self.config.steps
@@ -87,7 +92,7 @@ class DiffusionGuard(ImageProtector[DiffusionGuardConfig, InpaintingModel]):
     def _perturb(self, batch: Batch, progress: Progress | None) -> Tensor:
         generators = streams(batch.seeds, "diffusion_guard/attack")
         embeddings = embed_prompts(self.model, batch, self.config.prompt)
-        areas = KeptAreas(batch)
+        areas = self._areas(batch)
         start = start_of(self.config, batch.originals, generators)
 
         def loss(images: Tensor, step: int) -> Tensor:
@@ -99,11 +104,17 @@ class DiffusionGuard(ImageProtector[DiffusionGuardConfig, InpaintingModel]):
     def _objective(self, images: Tensor, batch: Batch) -> Tensor:
         generators = streams(batch.seeds, "diffusion_guard/evaluation")
         embeddings = embed_prompts(self.model, batch, self.config.prompt)
-        areas = KeptAreas(batch)
+        areas = self._areas(batch)
         norms = [
             self._norm(images, areas.draw(generators), embeddings, generators) for _ in range(self.config.eval_draws)
         ]
         return torch.stack(norms).mean(0)
+
+    def _areas(self, batch: Batch) -> KeptAreas:
+        """The masks' depths are found once for the attack and both measurements."""
+        if batch not in self._known:
+            self._known[batch] = KeptAreas(batch)
+        return self._known[batch]
 
     def _norm(self, images: Tensor, kept: Tensor, embeddings: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
         shape = self.model.latent_shape(images)
@@ -130,15 +141,29 @@ class KeptAreas:
         if batch.masks is not None:
             self._depth = depth(batch.masks)
             self._deepest = spread_peaks(self._depth)
+            self._boxes = [bounding_box(mask) for mask in batch.masks]
 
     def draw(self, generators: Sequence[torch.Generator]) -> Tensor:
         """``(B, 1, H, W)``, 1 = kept; each image's from its own generator."""
         height, width = self._originals.shape[-2:]
         if self._masks is None:
             return torch.stack([_box(height, width, generator) for generator in generators]).to(self._originals)
-        shares = torch.stack([_field(height, width, generator) for generator in generators])
+        shares = torch.zeros(self._masks.shape)
+        for share, box, generator in zip(shares, self._boxes, generators, strict=True):
+            place = share[box]  # a view
+            place[:] = _field(place.shape[1], place.shape[2], generator)
         # The deepest points of each part stay, because every share is below 1: no part vanishes.
         return (self._depth > shares.to(self._depth) * self._deepest).to(self._depth)
+
+
+def bounding_box(mask: Tensor) -> tuple[slice, slice, slice]:
+    """Where the ones of a mask ``(1, H, W)`` lie; all of it if there are none."""
+    rows, columns = (mask[0].any(axis).nonzero().flatten().tolist() for axis in (1, 0))
+    return slice(None), _span(rows), _span(columns)
+
+
+def _span(places: list[int]) -> slice:
+    return slice(places[0], places[-1] + 1) if places else slice(None)
 
 
 def depth(masks: Tensor) -> Tensor:
@@ -154,13 +179,18 @@ def depth(masks: Tensor) -> Tensor:
 
 
 def spread_peaks(depths: Tensor) -> Tensor:
-    """At each point the largest depth of the connected area that it lies in, ``(B, 1, H, W)``."""
+    """At each point the largest depth of the connected area that it lies in, ``(B, 1, H, W)``.
+
+    Only within H + W steps inside the area, which is beyond any part that does not wind: a mask like a maze would
+    take as many passes as its way is long.
+    """
     inside, peaks = depths > 0, depths
-    while True:
+    for _ in range(sum(depths.shape[-2:])):
         spread = F.max_pool2d(peaks, 3, stride=1, padding=1) * inside
         if torch.equal(spread, peaks):
-            return peaks
+            break
         peaks = spread
+    return peaks
 
 
 def _field(height: int, width: int, generator: torch.Generator) -> Tensor:

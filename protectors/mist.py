@@ -40,8 +40,9 @@ class Mist(ImageProtector[MistConfig, DiffusionModel]):
     """Pulls the latents towards those of a loud pattern and at once raises the denoising loss.
 
     "Mist: Towards Improved Adversarial Examples for Diffusion Models", https://arxiv.org/abs/2305.12683, fused
-    mode. J = mean (z(x) - z(y))^2 - lambda E over t, n of || eps_theta(z_t, t, c) - n ||^2, minimised; z are
-    posterior samples, scaled as the UNet sees them; lambda 0 is the "textural" mode.
+    mode. J = mean (z(x) - z(y))^2 - lambda E over t, n of || eps_theta(z_t, t, c) - n ||^2, minimised; z(x)
+    is a sample of the posterior, z(y) the mean of the pattern's, both scaled as the UNet sees them; lambda 0 is the
+    "textural" mode.
 
     Distance: l_inf, ``config.eps_levels`` 8-bit levels of the saved pixels.
 

@@ -59,10 +59,12 @@ class PID(ImageProtector[PIDConfig, DiffusionModel]):
         ValueError: bad input or configuration, a start at the original among it. ModelError: the model is no
             ``DiffusionModel``.
 
-    Cost: per step one encoder pass forward and backward; no UNet, no text encoder. The original is encoded once.
+    Cost: per step one encoder pass forward and backward; no UNet, no text encoder. The original is encoded once for
+        all steps, and once for every measurement of J.
 
-    Differs from the paper: no random crop; the result is rounded inside the budget, where the public code truncates
-        and can exceed it. diffusers clamps logvar to -30..20, and what is clamped gives no gradient.
+    Differs from the paper: no random crop; the public code's other targets, a sample of the posterior ("sampled") and
+        mean plus log variance ("add"), are left out; the result is rounded inside the budget, where the public code
+        truncates and can exceed it. diffusers clamps logvar to -30..20, and what is clamped gives no gradient.
     """
 
     name = "pid"

@@ -88,16 +88,15 @@ class SDS(ImageProtector[SDSConfig, DiffusionModel]):
     def _perturb(self, batch: Batch, progress: Progress | None) -> Tensor:
         generators = streams(batch.seeds, "sds/attack")
         embeddings = embed_prompts(self.model, batch, self.config.prompt)
-        target = pattern_latents(self.model, batch.originals, self.config.cell)
+        target = self._target(batch.originals)
         start = start_of(self.config, batch.originals, generators)
 
         def loss(images: Tensor, step: int) -> Tensor:
             draws = draw(self.model, images, generators)
             latents = self.model.latents(self.model.encode_moments(images), draws.posterior)
             score = self._direction * noise_error(self.model, latents.detach(), embeddings, draws)
-            distance = self.config.target_weight * (latents - target).square()
             # Its gradient by the latents is score - 2 w (z - z_y): one backward pass through the encoder for both.
-            return (score * latents - distance).flatten(1).sum(1)
+            return self._less_distance(score * latents, latents, target).flatten(1).sum(1)
 
         plan = PgdPlan.of(self.config, ascend=True)
         return pgd(loss, batch.originals, plan, start=start, masks=batch.masks, progress=progress)
@@ -105,16 +104,23 @@ class SDS(ImageProtector[SDSConfig, DiffusionModel]):
     def _objective(self, images: Tensor, batch: Batch) -> Tensor:
         generators = streams(batch.seeds, "sds/evaluation")
         embeddings = embed_prompts(self.model, batch, self.config.prompt)
-        target = pattern_latents(self.model, images, self.config.cell)
+        target = self._target(images)
         moments = self.model.encode_moments(images)
         values = []
         for _ in range(self.config.eval_draws):
             draws = draw(self.model, images, generators)
             latents = self.model.latents(moments, draws.posterior)
             error = noise_error(self.model, latents, embeddings, draws).square() / 2
-            distance = self.config.target_weight * (latents - target).square()
-            values.append((self._direction * error - distance).flatten(1).mean(1))
+            values.append(self._less_distance(self._direction * error, latents, target).flatten(1).mean(1))
         return torch.stack(values).mean(0)
+
+    def _target(self, images: Tensor) -> Tensor | None:
+        """Latents of the pattern, or None where their distance has no weight."""
+        return pattern_latents(self.model, images, self.config.cell) if self.config.target_weight > 0 else None
+
+    def _less_distance(self, values: Tensor, latents: Tensor, target: Tensor | None) -> Tensor:
+        """Values per latent element, less the weighted squared distance to the target."""
+        return values if target is None else values - self.config.target_weight * (latents - target).square()
 
     @property
     def _direction(self) -> float:

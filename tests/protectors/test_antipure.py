@@ -228,11 +228,13 @@ def test_equal_predictions_are_the_most_and_move_nothing() -> None:
     assert ((other > 0) & (other < 1)).all()
 
 
-def test_a_sum_instead_of_the_mean_would_underflow() -> None:
-    """Why the squared difference is averaged: over the 196,608 values of a tile of 256 its sum leaves no gradient."""
-    right, wrong = torch.zeros(1, 3, 256, 256), torch.full((1, 3, 256, 256), 0.05)
-    assert timestep_guidance(right, wrong)[0] == pytest.approx(math.exp(-0.0025))
-    assert (-(right - wrong).square().sum()).exp() == 0
+def test_the_guidance_does_not_underflow_at_the_size_of_a_tile() -> None:
+    """A sum in place of the mean, over the 196,608 values of a tile of 256, would be exp(-491): no gradient."""
+    right, wrong = torch.zeros(1, 3, 256, 256, requires_grad=True), torch.full((1, 3, 256, 256), 0.05)
+    value = timestep_guidance(right, wrong)
+    (gradient,) = torch.autograd.grad(value.sum(), right)
+    assert value.item() == pytest.approx(math.exp(-0.0025))
+    assert (gradient > 0).all()
 
 
 @pytest.mark.parametrize(("moved", "right_moves", "wrong_moves"), [("both", 1, 1), ("t", 1, 0), ("t_err", 0, 1)])

@@ -19,6 +19,7 @@ from protectors.diffusion_guard import (
     DiffusionGuard,
     DiffusionGuardConfig,
     KeptAreas,
+    bounding_box,
     depth,
     first_timestep,
     spread_peaks,
@@ -173,6 +174,45 @@ def test_depth_and_peaks_against_scipy(masks: Tensor) -> None:
             inside = parts == number
             assert (peaks[k, 0].numpy()[inside] == exact[inside].max()).all()
     assert (peaks[masks == 0] == 0).all()
+
+
+def test_the_way_to_the_deepest_point_is_limited() -> None:
+    """A snake of one pixel with a head of three: its far end does not hear of the head, and no point is lost."""
+    mask = torch.zeros(1, 1, 21, 21)
+    mask[..., ::4, :] = 1
+    for number, row in enumerate(range(1, 20, 4)):
+        mask[..., row : row + 3, 0 if number % 2 else 20] = 1
+    mask[..., :3, :3] = 1
+    depths = depth(mask)
+    peaks = spread_peaks(depths)
+    assert depths.max() == 2
+    assert (peaks >= depths).all()
+    assert (peaks[0, 0, 0] == 2).all()
+    assert peaks[0, 0, 20, 0] == 1
+
+
+def test_a_small_area_is_as_various_as_a_large_one() -> None:
+    """The random field lies over the area, not over the picture, where a small area would be shrunk evenly."""
+    mask = torch.zeros(1, 1, 128, 128)
+    mask[..., 90:108, 20:38] = 1
+    assert bounding_box(mask[0]) == (slice(None), slice(90, 108), slice(20, 38))
+    areas = KeptAreas(batch_of(torch.zeros(1, 3, 128, 128), mask))
+    alone = KeptAreas(batch_of(torch.zeros(1, 3, 18, 18), torch.ones(1, 1, 18, 18)))
+    for seed in range(5):
+        cut = areas.draw(streams([seed], "test"))[..., 90:108, 20:38]
+        assert torch.equal(cut, alone.draw(streams([seed], "test")))
+
+
+def test_masks_are_measured_once(
+    model: InpaintingModel, images: Tensor, masks: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[Tensor] = []
+    monkeypatch.setattr("protectors.diffusion_guard.depth", lambda given: measured.append(given) or depth(given))
+    protector = DiffusionGuard(DiffusionGuardConfig(steps=1, eval_draws=1), model)
+    for calls in (1, 2):
+        protector.protect(images, masks=masks, seeds=[1, 2])
+        assert len(measured) == calls
+    assert len(protector._known) == 0
 
 
 def test_boxes_without_masks_cover_the_image_in_time(images: Tensor) -> None:

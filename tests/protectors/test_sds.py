@@ -15,7 +15,7 @@ from protectors.mist import checkerboard
 from protectors.objectives import Draws, draw
 from protectors.pgd import Loss, PgdPlan
 from protectors.randomness import streams
-from protectors.sds import SDS, SDSConfig
+from protectors.sds import SDS, SDSConfig, noise_error
 from tests.protectors.tiny import save_tiny_model
 
 
@@ -108,14 +108,16 @@ def test_objective(model: DiffusionModel, images: Tensor) -> None:
         assert float(values[k]) == pytest.approx(expected / 2, rel=1e-4)
 
 
-def test_perfect_v_prediction_has_no_error(tmp_path: Path) -> None:
+def test_perfect_v_prediction_has_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A v model that is right about everything must give g = 0: v itself, taken for noise, would not."""
     model = load_model(str(save_tiny_model(tmp_path / "v", prediction_type="v_prediction")))
-    latents, noise = torch.randn(2, 4, 3, 3), torch.randn(2, 4, 3, 3)
-    t = torch.tensor([100, 900])
-    noisy, v = model.add_noise(latents, noise, t), model.target(latents, noise, t)
-    assert torch.allclose(model.schedule.predict_noise(noisy, v, t), noise, atol=1e-5)
-    assert not torch.allclose(v, noise, atol=0.1)
+    latents, noise, posterior = torch.randn(3, 2, 4, 3, 3)
+    draws = Draws(t=torch.tensor([100, 900]), noise=noise, posterior=posterior)
+    v = model.target(latents, noise, draws.t)
+    monkeypatch.setattr(model, "predict", lambda noisy, t, embeddings: v)
+    found = noise_error(model, latents, model.embed_prompts(["", ""]), draws)
+    assert found.abs().max() < 1e-5
+    assert (v - noise).abs().max() > 0.1
 
 
 def test_signs_go_opposite_ways_from_the_original(model: DiffusionModel, images: Tensor) -> None:
@@ -152,6 +154,13 @@ def test_unet_has_no_graph_and_the_encoder_runs_once_a_step(
     assert gradient.abs().max() > 0
     assert graphs == [False]
     assert len(encodings) == 1
+
+
+def test_without_weight_no_target_is_encoded(
+    model: DiffusionModel, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("protectors.sds.pattern_latents", None)
+    assert SDS(SDSConfig(steps=1, eval_draws=1), model).protect(images, seeds=[1, 2]).facts[0].linf_levels == 1
 
 
 def test_target_pulls_the_latents(model: DiffusionModel, images: Tensor) -> None:
