@@ -69,7 +69,7 @@ class ASPL(SubjectProtector[ASPLConfig]):
         other clean photos of the person: an archive has none. A prompt that the caller gives takes the place of the
         instance prompt; class images are latents that were never decoded. The public code begins each block of
         training at the first image again and clips no gradient; here all images have their turn and clipping works,
-        and there is no switch back. Nothing is trained after the last sign step.
+        and no switch ("compat") goes back to that. Nothing is trained after the last sign step.
     """
 
     name = "aspl"

@@ -172,7 +172,8 @@ class DreamBooth:
             Embeddings of the images' prompts ``(B, L, D)``, without graph.
         """
         places = range(len(self.batch.seeds)) if places is None else places
-        with self.surrogates.owned([self.batch.owners[place] for place in places]):
+        owners = self.batch.owners
+        with self.surrogates.owned([owners[place] for place in places]):
             with torch.no_grad():
                 embeddings = self.surrogates.embed([self.prompts[place] for place in places])
             yield embeddings
@@ -198,6 +199,7 @@ class Deck:
         return self._left.pop()
 
 
+# Drawn class images by model, prompt and number, on the CPU.
 _drawn: WeakKeyDictionary[DiffusionModel, dict[tuple[str, int], Tensor]] = WeakKeyDictionary()
 
 

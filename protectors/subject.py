@@ -56,8 +56,8 @@ class SubjectProtector(ImageProtector[SurrogateConfigT, DiffusionModel]):
     def _perturb_part(self, batch: Batch, tick: Callable[[], None]) -> Tensor:
         config = self.config
         # Before there are surrogates: the unchanged model draws the class images.
-        count = config.prior_images
-        prior = class_latents(self.model, config.class_prompt, count) if count else None
+        wanted = config.prior_images
+        prior = class_latents(self.model, config.class_prompt, wanted) if wanted else None
         seeds = subject_seeds(batch)
         with make_surrogates(
             config.surrogate, self.model, seeds, train_text_encoder=config.train_text_encoder

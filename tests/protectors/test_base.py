@@ -115,6 +115,7 @@ def test_groups_are_in_the_order_of_seeds_and_can_be_taken_apart() -> None:
     protector.protect(images, groups=["b", "a", "b", "a"], seeds=[9, 4, 2, 5], prompts=["0", "1", "2", "3"])
     batch = protector.seen
     assert batch.groups == ((2, 0), (1, 3))
+    assert batch.owners == (0, 1, 0, 1)
     part = batch.part(batch.groups[0])
     assert part.groups == ((0, 1),)
     assert (part.seeds, part.prompts) == ((2, 9), ("2", "0"))

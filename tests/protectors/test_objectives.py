@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from protectors.diffusion import DiffusionModel, load_model
-from protectors.objectives import Draws, denoising_loss, draw, encoder_distance
+from protectors.objectives import Draws, denoising_loss, draw, draw_for, encoder_distance, mean_denoising_loss
 from protectors.randomness import streams
 from tests.protectors.tiny import save_tiny_model
 
@@ -63,6 +63,21 @@ def test_draws_cover_the_schedule_and_follow_the_image(model: DiffusionModel) ->
     alone = draw(model, images[:1], streams([7], "test"))
     assert torch.equal(alone.noise[0], draws.noise[7])
     assert torch.equal(alone.posterior[0], draws.posterior[7])
+
+
+def test_draws_can_be_kept_to_a_part_of_the_schedule(model: DiffusionModel) -> None:
+    generators = streams([1, 2], "test")
+    times = torch.cat([draw_for(model, (4, 2, 2), generators, t_range=(3, 5)).t for _ in range(30)])
+    assert set(times.tolist()) == {3, 4, 5}
+
+
+@torch.no_grad()
+def test_mean_loss_is_that_of_the_draws_in_turn(model: DiffusionModel) -> None:
+    images, context = torch.rand(2, 3, 16, 24), model.embed_prompts(["a", "b"])
+    generators = streams([1, 2], "test")
+    losses = [denoising_loss(model, images, context, draw(model, images, generators)) for _ in range(3)]
+    found = mean_denoising_loss(model, images, context, streams([1, 2], "test"), 3)
+    torch.testing.assert_close(found, sum(losses, torch.zeros(2)) / 3)
 
 
 @pytest.mark.parametrize("direction", [1, -1])

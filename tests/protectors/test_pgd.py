@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from protectors.constraints import LEVELS
-from protectors.pgd import PgdPlan, pgd, uniform_start
+from protectors.pgd import PgdPlan, pgd, repaired, uniform_start
 from protectors.randomness import normal, streams
 
 
@@ -65,6 +65,13 @@ def test_broken_gradient_gives_nan_for_that_image_only() -> None:
     images = pgd(lambda x, k: brightness(x, k) * broken, originals, plan())
     assert images[0].isfinite().all()
     assert images[1].isnan().all()
+
+
+def test_originals_stand_in_for_images_that_are_not_finite() -> None:
+    originals = torch.rand(3, 3, 4, 4)
+    images = originals + 1
+    images[0, 0, 0, 0], images[2, 2, 3, 3] = torch.nan, torch.inf
+    assert torch.equal(repaired(images, originals), torch.stack([originals[0], images[1], originals[2]]))
 
 
 def test_uniform_start_fills_the_ball() -> None:
