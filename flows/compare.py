@@ -44,7 +44,7 @@ _HELP = (
     "them, without and with each purifier, and does the same with the clean photos. A method's [bold]effect[/bold] is "
     "the share of the attacker's gain that it prevents: 0 is nothing, 1 is all. An edit is held against that of photos "
     "with noise of --eps, the same for all methods. What counts is the worst case over the purifiers. Read it beside "
-    "two controls: noise, of the same budget, which a method must beat, and noise@96, which destroys the photos and "
+    "two controls: noise, of the same budget, which a method must beat, and static@255, which destroys the photos and "
     "must show a large effect, or the attack measures nothing.\n\n"
     "Writes comparison.json (every number), .csv, .md (the table), .png (effect against visibility) and sheet.png "
     "(pictures, of the originals too) into the folder. Every result is stored by itself, under a name that follows "
@@ -52,7 +52,7 @@ _HELP = (
     "stop, or with further methods, subjects or attacks to add only those. Further purifiers add only theirs to "
     "customizers; editors run again. A method that fails is a row with its reason, a trial that fails is run again "
     "the next time, and the exit code is 1.\n\n"
-    "Example: fixative compare --photos subjects.parquet --out comparison --methods mist,advdm:paper,noise,noise@96 "
+    "Example: fixative compare --photos subjects.parquet --out comparison --methods mist,advdm:paper,noise,static@255 "
     "--purifiers jpeg75,gridpure-quick --attacks dreambooth,sdedit-0.5-quick --against noise\n\n"
     "Ablation: a --methods-file with the row {name: mist, label: mist without fusion, overrides: {steps: 50}}."
 )

@@ -21,7 +21,7 @@ class Noise(ImageProtector[ProtectorConfig, None]):
     """Maximises nothing: every value changes by a whole level drawn uniformly from -eps to eps.
 
     No paper: the control of equal budget for methods such as https://arxiv.org/abs/2302.06588, without which no number
-    of theirs can be read. At 96 levels it is the other control: what destroys the images must show a large effect.
+    of theirs can be read. ``static`` is noise of more power, and the control that destroys images.
 
     Distance: l_inf, ``config.eps_levels`` 8-bit levels of the saved pixels.
 

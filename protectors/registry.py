@@ -27,6 +27,7 @@ _PROTECTORS = {
     "pid": "protectors.pid:PID",
     "sds": "protectors.sds:SDS",
     "simac": "protectors.simac:SimAC",
+    "static": "protectors.static:Static",
 }
 
 

@@ -61,6 +61,7 @@ SMALL: dict[str, dict[str, Any]] = {
     },
     "mist": {"steps": 4, "eval_draws": 2},
     "noise": {},
+    "static": {},
     "photoguard": {"steps": 4},
     "pid": {"steps": 4},
     "simac": {
@@ -78,7 +79,7 @@ SMALL: dict[str, dict[str, Any]] = {
 }
 FAKE = "protectors.fake:FakeProtector"
 NAMES = [*protector_names(), FAKE]
-MODEL_NAMES = [name for name in NAMES if name != FAKE]
+MODEL_NAMES = [name for name in NAMES if protector_class(name).needs_model()]
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -63,7 +63,7 @@ def test_wrong_options(options: list[str], words: list[str], folder: Path, tmp_p
 
 
 def test_a_run_its_files_and_the_same_again(folder: Path, tmp_path: Path) -> None:
-    out, options = tmp_path / "out", ("--methods", "noise,noise@96", "--against", "noise")
+    out, options = tmp_path / "out", ("--methods", "noise,static@255", "--against", "noise")
     plan = compare(folder, out, *options, "--dry-run")
     assert (plan.code, out.exists()) == (0, False)
     assert "protections of a subject: 4 to run, 0 stored" in plan.out
@@ -71,7 +71,7 @@ def test_a_run_its_files_and_the_same_again(folder: Path, tmp_path: Path) -> Non
     result = compare(folder, out, *options)
     assert result.code == 0, result
     assert "attack: 8/8" in result.out
-    for words in ("noise@96", "CIEDE2000", "worst, less that of noise", "wrote"):
+    for words in ("static@255", "CIEDE2000", "worst, less that of noise", "wrote"):
         assert words in result.out
     names = {path.name for path in out.iterdir() if path.is_file()}
     assert names == {"comparison.json", "comparison.csv", "comparison.md", "comparison.png", "sheet.png"}
@@ -80,7 +80,7 @@ def test_a_run_its_files_and_the_same_again(folder: Path, tmp_path: Path) -> Non
     again = compare(folder, out, *options)
     assert again.code == 0, again
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in before.items())
-    more = compare(folder, out, "--methods", "noise,noise@96,noise@4", "--dry-run")
+    more = compare(folder, out, "--methods", "noise,static@255,noise@4", "--dry-run")
     assert "protections of a subject: 2 to run, 4 stored" in more.out
     assert "trials of dreambooth: 2 to run, about 0.0 hours of one core, 8 stored" in more.out
 
@@ -124,7 +124,7 @@ def test_help_teaches(folder: Path) -> None:
     text = fixative("compare", "--help").out
     for words in (
         "name[:preset][@levels]",
-        "noise@96",
+        "static@255",
         "worst case",
         "go on after a stop",
         "Example: fixative compare",

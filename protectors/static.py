@@ -1,0 +1,73 @@
+"""A picture of pure noise, as near as the budget allows: the control that destroys images at the full budget."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import NoneType
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from protectors.base import Batch, ImageProtector
+from protectors.config import ProtectorConfig
+from protectors.constraints import LEVELS, project
+from protectors.pgd import Progress, is_grey
+from protectors.randomness import streams
+
+
+class Static(ImageProtector[ProtectorConfig, None]):
+    """Maximises nothing: every value moves towards one drawn uniformly from 0 to 255, as far as the budget allows.
+
+    No paper; see https://arxiv.org/abs/2302.06588 for the kind of method that it is a control of. At 8 levels it is
+    about a random sign per value, noise of the greatest power in the budget. At 255 levels the image is gone: an
+    attack that does not feel that measures nothing.
+
+    Distance: l_inf, ``config.eps_levels`` 8-bit levels of the saved pixels.
+
+    Args:
+        config: ``ProtectorConfig``; the budget is all there is.
+        model: None.
+
+    Shape: images ``(N, 3, H, W)`` float32 in [0, 1] sRGB, any H and W; the output has the same shape.
+
+    Returns:
+        ``ProtectResult``; the objective is the mean absolute change in levels.
+
+    Raises:
+        Nothing of its own.
+
+    Cost: one draw per value.
+
+    Differs from the paper: nothing to differ from. The channels of a grey image share their draws, so that it stays
+    grey.
+    """
+
+    name = "static"
+    version = "1"
+    config_type = ProtectorConfig
+    model_type = NoneType
+    presets: ClassVar[Mapping[str, ProtectorConfig]] = {
+        "paper": ProtectorConfig(eps_levels=255.0),
+        "fast": ProtectorConfig(),
+        "strong": ProtectorConfig(eps_levels=255.0),
+    }
+
+    @property
+    def steps(self) -> int:
+        return 1
+
+    def _perturb(self, batch: Batch, progress: Progress | None) -> Tensor:
+        originals = batch.originals
+        draws = [
+            torch.randint(0, LEVELS + 1, originals.shape[1:], generator=generator)
+            for generator in streams(batch.seeds, "static")
+        ]
+        picture = torch.stack(draws).to(originals.device) / LEVELS
+        picture = torch.where(is_grey(originals), picture[:, :1], picture)
+        if progress is not None:
+            progress(1, 1)
+        return project(picture, originals, self.config.eps_levels)
+
+    def _objective(self, images: Tensor, batch: Batch) -> Tensor:
+        return (images - batch.originals).abs().flatten(1).mean(1) * LEVELS
