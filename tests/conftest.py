@@ -47,6 +47,13 @@ def free_port() -> int:
         return port
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks the tests that need a Ray cluster, however they come by it."""
+    for item in items:
+        if "ray_cluster" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.ray)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def no_real_aws(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Hides the developer's AWS settings and sets fake credentials, for this process and its children."""
