@@ -205,12 +205,13 @@ def test_class_latents_are_drawn_once_and_by_the_untrained_model(
     monkeypatch.setattr("protectors.dreambooth.draw_class_latents", spy)
     monkeypatch.setattr("protectors.dreambooth._SAMPLING_STEPS", 2)
     monkeypatch.setattr("protectors.dreambooth._SAMPLED_TOGETHER", 1)
+    monkeypatch.setattr(DiffusionModel, "base_size", 32)
     config = ASPLConfig(**{**SMALL, "pgd_steps": 1}, prior_images=2, learning_rate=0.1)
     first, again = (ASPL(config, model).protect(pictures(1), seeds=[1]) for _ in range(2))
     ASPL(config, model).protect(torch.rand(1, 3, 16, 24), seeds=[1])  # another size is taught with the same ones
     assert torch.equal(first.images, again.images)
     (latents,) = drawn
-    assert latents.shape == (2, 4, 32, 32)  # those of the model's own size, 64 pixels
+    assert latents.shape == (2, 4, 16, 16)  # those of the model's own size
     assert latents.isfinite().all()
     assert torch.equal(latents, draw_class_latents(model, "a photo of person", 2))
     class_latents(model, "a photo of dog", 1)
@@ -271,7 +272,8 @@ def test_an_image_that_fails_leaves_its_group_and_the_others_alone(
         factor[0] = torch.nan
         return true_loss(model, images, embeddings, draws) * factor
 
-    protector = ASPL(ASPLConfig(**SMALL, learning_rate=1e-2), model)
+    # Two steps on the images as they are: both of the subject have their turn.
+    protector = ASPL(ASPLConfig(**{**SMALL, "perturbed_steps": 2}, learning_rate=1e-2), model)
     images, groups = pictures(3), ["a", "b", "a"]
     whole = protector.protect(images, seeds=[5, 6, 7], groups=groups)
     monkeypatch.setattr("protectors.aspl.denoising_loss", broken)
