@@ -11,7 +11,7 @@ import torch
 from protectors.advdm import AdvDM, AdvDMConfig
 from protectors.diffusion import DiffusionModel, load_model
 from protectors.mist import Mist, MistConfig, checkerboard
-from protectors.objectives import Draws, draw
+from protectors.objectives import Draws, draw_for
 from protectors.photoguard import PhotoGuard, PhotoGuardConfig, decay
 from tests.protectors.tiny import save_tiny_model
 
@@ -80,10 +80,10 @@ def test_advdm_evaluates_at_other_draws_than_it_attacks(model: DiffusionModel, m
     seen: list[Draws] = []
 
     def spy(*given: object) -> Draws:
-        seen.append(draw(*given))  # type: ignore[arg-type]
+        seen.append(draw_for(*given))  # type: ignore[arg-type]
         return seen[-1]
 
-    monkeypatch.setattr("protectors.advdm.draw", spy)
+    monkeypatch.setattr("protectors.objectives.draw_for", spy)
     images = torch.rand(1, 3, 8, 8)
     AdvDM(AdvDMConfig(steps=2, eval_draws=2), model).protect(images, seeds=[1])
     before, attack, after = seen[:2], seen[2:4], seen[4:]
