@@ -272,9 +272,14 @@ def verify(
 
 
 @app.command()
-def methods() -> None:
-    """List the protection methods with their presets."""
-    show.methods(console)
+def methods(
+    name: Annotated[str | None, typer.Argument(help="Show this one in full, with its presets.")] = None,
+) -> None:
+    """List the protection methods."""
+    if name is None:
+        show.methods(console)
+    else:
+        show.method(console, name)
 
 
 @app.command()

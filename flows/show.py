@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,8 +11,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from flows.verify_table import verdicts
+from pipeline.errors import UserError
 from pipeline.storage import join_url
-from protectors.registry import protector_class, protector_names
+from protectors.loading import model_source
+from protectors.registry import UnknownProtector, protector_class, protector_names
 
 if TYPE_CHECKING:
     from flows.estimate import Estimate
@@ -145,13 +148,35 @@ def inspection(console: Console, results: list[dict[str, Any]]) -> None:
 
 
 def methods(console: Console) -> None:
-    """The registered methods."""
+    """The registered methods, a line each."""
+    table = Table("method", "model", "presets", "what it does", title="Protection methods")
     for name in protector_names():
         chosen = protector_class(name)
-        console.print(f"[bold]{name}[/bold] {chosen.version}: {(chosen.__doc__ or '').strip().splitlines()[0]}")
-        for preset, config in chosen.presets.items():
-            fields = ", ".join(f"{key}={value}" for key, value in config.to_dict().items())
-            console.print(f"  {preset}: {fields}", highlight=False)
+        model = model_source(chosen).kind if chosen.needs_model() else "none"
+        summary = (chosen.__doc__ or "").strip().splitlines()[0]
+        table.add_row(name, model, ", ".join(chosen.presets), escape(summary))
+    console.print(table)
+    console.print(
+        "fixative methods NAME shows the settings of its presets; fixative compare measures several side by side"
+    )
+
+
+def method(console: Console, name: str) -> None:
+    """One method: what it is, and its presets side by side.
+
+    Raises:
+        UserError: there is none of this name.
+    """
+    try:
+        chosen = protector_class(name)
+    except UnknownProtector as error:
+        raise UserError(str(error)) from error
+    console.print(inspect.cleandoc(chosen.__doc__ or ""), markup=False, highlight=False)
+    table = Table("setting", *chosen.presets, title=f"Presets of {name}, version {chosen.version}")
+    values = [config.to_dict() for config in chosen.presets.values()]
+    for field in values[0]:
+        table.add_row(field, *(str(preset[field]) for preset in values))
+    console.print(table)
 
 
 def demo(console: Console, result: Outcome, archive: Path, sheet: Path) -> None:

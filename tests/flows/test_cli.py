@@ -370,11 +370,18 @@ def test_options_win_over_environment_over_file_over_default(
     assert eps("-c", config, "--eps", "7") == "7.0"
 
 
-def test_methods_are_listed_with_their_presets() -> None:
+def test_methods_are_listed_and_shown_with_their_presets() -> None:
     result = fixative("methods")
     assert (result.code, result.err) == (0, "")
-    for name in ("photoguard", "advdm", "paper:", "fast:", "strong:", "eps_levels="):
-        assert name in result.out
+    for words in ("photoguard", "antipure", "pixel", "paper, fast, strong", "fixative methods NAME"):
+        assert words in result.out
+    one = fixative("methods", "mist")
+    assert (one.code, one.err) == (0, "")
+    for words in ("https://arxiv.org/abs/2305.12683", "Presets of mist", "eps_levels", "16.0"):
+        assert words in one.out
+    wrong = fixative("methods", "mits")
+    assert wrong.code == 2
+    assert "did you mean 'mist'" in wrong.err
 
 
 # --- Looking at destinations
