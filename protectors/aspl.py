@@ -66,10 +66,10 @@ class ASPL(SubjectProtector[ASPLConfig]):
         main memory; low-rank deltas take next to nothing.
 
     Differs from the paper: the copy learns clean versions of the very images that are protected, where the paper has
-        other clean photos of the person: an archive has none. A prompt that the caller gives takes the place of the
-        instance prompt; class images are latents that were never decoded. The public code begins each block of
-        training at the first image again and clips no gradient; here all images have their turn and clipping works,
-        and no switch ("compat") goes back to that. Nothing is trained after the last sign step.
+        other clean photos of the person: an archive has none. The identifier is put into a caller's prompt; class
+        images are latents that were never decoded. The public code begins each block of training at the first image
+        again and clips no gradient; here all images have their turn and clipping works, and no switch ("compat") goes
+        back to that. Nothing is trained after the last sign step.
     """
 
     name = "aspl"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,6 +24,8 @@ _GUIDANCE = 7.5
 _SAMPLED_TOGETHER = 8
 
 Moments = tuple[Tensor, Tensor]
+ClassLatents = Mapping[str, Tensor]
+"""Class images by class prompt: scaled latents ``(prior_images, C, h, w)``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,10 +54,10 @@ class SurrogateConfig(ProtectorConfig):
     prior_images: int = 0
     # Weight of the loss on class images.
     prior_weight: float = 1.0
-    # What the attacker calls the subject, for images that come without a prompt of their own.
-    prompt: str = "a photo of sks person"
-    # What the class images are drawn and trained under.
+    # What an image shows, for images that come without a prompt of their own; class images are drawn under it.
     class_prompt: str = "a photo of person"
+    # The attacker's word for the subject; it goes before the last word of the prompt: "a photo of sks person".
+    identifier: str = "sks"
 
     def check(self) -> None:
         ProtectorConfig.check(self)
@@ -84,15 +86,16 @@ class DreamBooth:
     """
 
     def __init__(
-        self, surrogates: Surrogates, batch: Batch, config: SurrogateConfig, class_latents: Tensor | None = None
+        self, surrogates: Surrogates, batch: Batch, config: SurrogateConfig, class_latents: ClassLatents | None = None
     ) -> None:
         self.surrogates, self.batch, self.config = surrogates, batch, config
+        self.class_prompts, self.prompts = class_prompts(batch, config), instance_prompts(batch, config)
         self._class_latents = class_latents
         subjects = range(len(batch.groups))
         self._owner_of_row = [subject for subject in subjects for _ in range(config.train_batch)]
         self._generators = streams(subject_seeds(batch), "dreambooth")
         self.original_decks, self.perturbed_decks = self._decks(batch.groups), self._decks(batch.groups)
-        numbers = range(0 if class_latents is None else len(class_latents))
+        numbers = range(0 if class_latents is None else config.prior_images)
         self._class_decks = self._decks([numbers] * len(batch.groups))
 
     @property
@@ -150,16 +153,13 @@ class DreamBooth:
         loss = self._per_subject(latent_denoising_loss(self.model, latents, embeddings, draws))
         if self._class_latents is None:
             return loss
-        latents = self._class_latents[[self._class_decks[owner].deal() for owner in self._owner_of_row]]
-        embeddings = self.surrogates.embed([self.config.class_prompt] * len(rows))
+        classes = [self.class_prompts[row] for row in rows]
+        cards = zip(classes, self._owner_of_row, strict=True)
+        latents = torch.stack([self._class_latents[word][self._class_decks[owner].deal()] for word, owner in cards])
+        embeddings = self.surrogates.embed(classes)
         draws = draw_for(self.model, latents.shape[1:], generators)
         prior = self._per_subject(latent_denoising_loss(self.model, latents, embeddings, draws))
         return loss + self.config.prior_weight * prior
-
-    @property
-    def prompts(self) -> tuple[str, ...]:
-        """What each image of the batch is trained and attacked under."""
-        return self.batch.prompts or (self.config.prompt,) * len(self.batch.seeds)
 
     @contextmanager
     def attacked(self, places: Sequence[int] | None = None) -> Iterator[Tensor]:
@@ -197,6 +197,21 @@ class Deck:
             order = torch.randperm(len(self._cards), generator=self._generator)
             self._left = [self._cards[number] for number in order]
         return self._left.pop()
+
+
+def class_prompts(batch: Batch, config: SurrogateConfig) -> tuple[str, ...]:
+    """What each image shows."""
+    return batch.prompts or (config.class_prompt,) * len(batch.seeds)
+
+
+def instance_prompts(batch: Batch, config: SurrogateConfig) -> tuple[str, ...]:
+    """What each image is trained and attacked under: what it shows, with the attacker's word for the subject in it."""
+    return tuple(_with(config.identifier, prompt) for prompt in class_prompts(batch, config))
+
+
+def _with(identifier: str, prompt: str) -> str:
+    *before, last = prompt.split() or [""]
+    return " ".join([*before, identifier, last]).strip()
 
 
 # Drawn class images by model, prompt and number, on the CPU.

@@ -59,8 +59,8 @@ class FSMG(SubjectProtector[FSMGConfig]):
         encoder passes per subject, with weight gradients.
 
     Differs from the paper: the surrogate learns the very images that are protected, where the paper has other clean
-        photos of the person: an archive has none. A prompt that the caller gives takes the place of the instance
-        prompt; class images are latents that were never decoded. The targeted and ensemble forms are left out.
+        photos of the person: an archive has none. The identifier is put into a caller's prompt; class images are
+        latents that were never decoded. The targeted and ensemble forms are left out.
     """
 
     name = "fsmg"

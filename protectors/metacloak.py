@@ -88,9 +88,8 @@ class MetaCloak(SubjectProtector[MetaCloakConfig]):
 
     Differs from the paper: the flip is drawn per image, not per batch; the resize and crop to 512 pixels are the
         pipeline's business; the surrogate learns the images without transforms, and nothing after a snapshot's last
-        sign step. The inner attacker of the public
-        code has radius 0 there and is left out. A prompt that the caller gives takes the place of the instance
-        prompt; class images are latents that were never decoded.
+        sign step. The inner attacker of the public code has radius 0 there and is left out. The identifier is put into
+        a caller's prompt; class images are latents that were never decoded.
     """
 
     name = "metacloak"

@@ -13,8 +13,8 @@ from torch import Tensor
 from protectors.aspl import ASPLConfig, alternate
 from protectors.base import Batch
 from protectors.config import require
-from protectors.dreambooth import DreamBooth, Moments
-from protectors.objectives import Draws, denoising_loss, draw, embed_prompts, latent_denoising_loss
+from protectors.dreambooth import DreamBooth, Moments, instance_prompts
+from protectors.objectives import Draws, denoising_loss, draw, latent_denoising_loss
 from protectors.pgd import PgdPlan, pgd
 from protectors.randomness import integers, streams
 from protectors.subject import SubjectProtector
@@ -121,7 +121,7 @@ class SimAC(SubjectProtector[SimACConfig]):
 
     def _objective(self, images: Tensor, batch: Batch) -> Tensor:
         generators = streams(batch.seeds, "simac/evaluation")
-        embeddings = embed_prompts(self.model, batch, self.config.prompt)
+        embeddings = self.model.embed_prompts(instance_prompts(batch, self.config))
         moments, reference = self.model.encode_moments(images), self.model.encode_moments(batch.originals)
         draws = [draw(self.model, images, generators) for _ in range(self.config.eval_draws)]
         return torch.stack([self._gain(moments, reference, embeddings, each) for each in draws]).mean(0)

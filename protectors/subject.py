@@ -12,8 +12,8 @@ from torch import Tensor
 
 from protectors.base import Batch, ImageProtector
 from protectors.diffusion import DiffusionModel
-from protectors.dreambooth import DreamBooth, SurrogateConfig, class_latents
-from protectors.objectives import embed_prompts, mean_denoising_loss
+from protectors.dreambooth import DreamBooth, SurrogateConfig, class_latents, class_prompts, instance_prompts
+from protectors.objectives import mean_denoising_loss
 from protectors.pgd import PgdPlan, Progress, pgd, uniform_start
 from protectors.randomness import streams
 from protectors.surrogate import check_surrogate, make_surrogates, subject_seeds
@@ -56,8 +56,8 @@ class SubjectProtector(ImageProtector[SurrogateConfigT, DiffusionModel]):
     def _perturb_part(self, batch: Batch, tick: Callable[[], None]) -> Tensor:
         config = self.config
         # Before there are surrogates: the unchanged model draws the class images.
-        wanted = config.prior_images
-        prior = class_latents(self.model, config.class_prompt, wanted) if wanted else None
+        wanted, words = config.prior_images, sorted(set(class_prompts(batch, config)))
+        prior = {word: class_latents(self.model, word, wanted) for word in words} if wanted else None
         seeds = subject_seeds(batch)
         with make_surrogates(
             config.surrogate, self.model, seeds, train_text_encoder=config.train_text_encoder
@@ -89,5 +89,5 @@ class SubjectProtector(ImageProtector[SurrogateConfigT, DiffusionModel]):
 
     def _objective(self, images: Tensor, batch: Batch) -> Tensor:
         generators = streams(batch.seeds, f"{self.name}/evaluation")
-        embeddings = embed_prompts(self.model, batch, self.config.prompt)
+        embeddings = self.model.embed_prompts(instance_prompts(batch, self.config))
         return mean_denoising_loss(self.model, images, embeddings, generators, self.config.eval_draws)

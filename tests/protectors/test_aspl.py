@@ -14,7 +14,7 @@ from torch import Tensor
 from protectors.aspl import ASPL, ASPLConfig
 from protectors.base import Batch
 from protectors.diffusion import DiffusionModel, load_model
-from protectors.dreambooth import DreamBooth, class_latents, draw_class_latents
+from protectors.dreambooth import DreamBooth, class_latents, class_prompts, draw_class_latents, instance_prompts
 from protectors.fsmg import FSMG, FSMGConfig
 from protectors.metacloak import MetaCloak, MetaCloakConfig
 from protectors.model_files import ModelError
@@ -121,9 +121,12 @@ def test_loss_is_that_of_the_paper(prior: bool, prediction_type: str, tmp_path: 
     """Against an own computation in float64 from the same draws."""
     model = load_model(str(save_tiny_model(tmp_path / "model", prediction_type=prediction_type)))
     batch = batch_of(((0,), (1,)), prompts=("one", "two"))
-    class_latents = torch.randn(1, *model.latent_shape(batch.originals)) if prior else None
+    shape = model.latent_shape(batch.originals)
+    class_latents = {word: torch.randn(1, *shape) for word in ("one", "two")} if prior else None
     with make_surrogates("lora", model, subject_seeds(batch), train_text_encoder=True) as surrogates:
-        school = school_of(model, surrogates, batch, class_latents, train_batch=2, prior_weight=0.5)
+        school = school_of(
+            model, surrogates, batch, class_latents, train_batch=2, prior_weight=0.5, prior_images=int(prior)
+        )
         with torch.no_grad(), surrogates.owned([0, 0, 1, 1]):
             loss = school.loss(model.encode_moments(batch.originals), school.original_decks)
     twin = streams(subject_seeds(batch), "dreambooth")
@@ -134,13 +137,16 @@ def test_loss_is_that_of_the_paper(prior: bool, prediction_type: str, tmp_path: 
         network.double()
     mean, logvar = (part[[0, 0, 1, 1]] for part in exact_moments(model, batch.originals))
     draws = draw(model, batch.originals, rows)
-    expected = exact_loss(model, mean + (logvar / 2).exp() * draws.posterior, ["one", "one", "two", "two"], draws)
+    expected = exact_loss(
+        model, mean + (logvar / 2).exp() * draws.posterior, ["sks one", "sks one", "sks two", "sks two"], draws
+    )
     if class_latents is not None:
         for generator in rows:
             torch.randperm(1, generator=generator)
         draws = draw(model, batch.originals, rows)
-        same = class_latents.expand(4, -1, -1, -1).double()
-        expected = expected + 0.5 * exact_loss(model, same, ["a photo of person"] * 4, draws)
+        words = ["one", "one", "two", "two"]
+        drawn = torch.cat([class_latents[word] for word in words]).double()
+        expected = expected + 0.5 * exact_loss(model, drawn, words, draws)
     torch.testing.assert_close(loss.double(), expected.view(2, 2).mean(1), rtol=1e-4, atol=0)
 
 
@@ -340,13 +346,16 @@ def test_fsmg_trains_before_it_attacks_and_then_no_more(model: DiffusionModel, m
     assert states[0].count_nonzero() > torch.cat([part.flatten() for part in fresh.state()]).count_nonzero()
 
 
-def test_a_prompt_of_the_caller_is_what_the_subject_is_called(model: DiffusionModel) -> None:
+def test_a_prompt_of_the_caller_is_the_class_and_gets_the_identifier(model: DiffusionModel) -> None:
     outputs = [
-        ASPL(ASPLConfig(**SMALL, prompt=default), model).protect(pictures(1), seeds=[1], prompts=given).images
+        ASPL(ASPLConfig(**SMALL, class_prompt=default), model).protect(pictures(1), seeds=[1], prompts=given).images
         for default, given in (("a dog", None), ("ignored", ["a dog"]), ("another", None))
     ]
     assert torch.equal(outputs[0], outputs[1])
     assert not torch.equal(outputs[0], outputs[2])
+    batch = batch_of(((0,), (1,)), prompts=("a photo of a dog", "person"))
+    assert instance_prompts(batch, ASPLConfig()) == ("a photo of a sks dog", "sks person")
+    assert class_prompts(batch, ASPLConfig()) == batch.prompts
 
 
 def test_random_start_is_drawn_per_image(model: DiffusionModel) -> None:
