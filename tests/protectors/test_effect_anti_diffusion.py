@@ -10,11 +10,8 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from skimage import data
-from skimage.transform import resize
 from torch import Tensor
 
-from pipeline.verify.bootstrap import Interval, Plan, Sample, figures_with_intervals
 from protectors.anti_diffusion import AntiDiffusion, mean_attention, semantic_disturbance
 from protectors.attention import cross_attention_layers, recorded
 from protectors.diffusion import DiffusionModel, load_model
@@ -22,6 +19,7 @@ from protectors.objectives import draw, latent_denoising_loss
 from protectors.prompt_tuning import tune_prompts
 from protectors.randomness import streams
 from protectors.reference import reference_path
+from tests.protectors.effects import is_above_zero, mean_difference, photos
 
 FAST = AntiDiffusion.presets["fast"]
 DRAWS = 64
@@ -36,16 +34,6 @@ class Measured:
     """L_dn under the pretrained UNet."""
     attention: Tensor
     """mean(M^2), which is minus L_sdl."""
-
-
-def photos(side: int = 128) -> Tensor:
-    """Six squares out of three photos, `(6, 3, side, side)` in [0, 1]."""
-    squares = []
-    for photo in (data.astronaut(), data.chelsea(), data.coffee()):
-        edge = min(photo.shape[:2])
-        for square in (photo[:edge, :edge], photo[-edge:, -edge:]):
-            squares.append(torch.from_numpy(resize(square, (side, side), anti_aliasing=True)).permute(2, 0, 1))
-    return (torch.stack(squares).float().clamp(0, 1) * 255).round() / 255
 
 
 def random_signs(images: Tensor, levels: float) -> Tensor:
@@ -79,16 +67,6 @@ def tuned_prompts(model: DiffusionModel, images: Tensor) -> Tensor:
 
     start = model.embed_prompts([""] * len(images))
     return tune_prompts(loss, start, steps=TUNING_STEPS, rate=FAST.pt_rate)
-
-
-def mean_difference(above: Tensor, below: Tensor) -> Interval:
-    differences = (above - below).double().numpy()[:, None]
-    means = figures_with_intervals(Sample.of_units(differences), lambda drawn: {"mean": drawn.mean((1, 2))}, Plan())
-    return means["mean"]
-
-
-def is_above_zero(interval: Interval) -> bool:
-    return interval.low is not None and interval.low > 0
 
 
 @pytest.fixture(scope="module")
