@@ -154,6 +154,7 @@ def test_wrong_options(archive: Path, options: list[str], words: list[str]) -> N
     assert all(word in result.error for word in words), result.error
 
 
+@pytest.mark.usefixtures("prefect_server")
 def test_nothing_was_ever_protected_there(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     result = fixative("verify", tmp_path / "empty")
