@@ -29,8 +29,9 @@ from tests.pipeline.verify_purifiers.models import TILE, save_pixel_model
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> AttackModels:
     torch.manual_seed(0)
-    save_pixel_model(tmp_path_factory.mktemp("pixel"))
-    return AttackModels({ModelKind.PIXEL: str(tmp_path_factory.getbasetemp() / "pixel0")})
+    folder = tmp_path_factory.mktemp("pixel")
+    save_pixel_model(folder)
+    return AttackModels({ModelKind.PIXEL: str(folder)})
 
 
 @dataclass
