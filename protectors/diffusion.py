@@ -138,6 +138,11 @@ class LatentModel(ABC):
         mean, logvar = moments
         return (mean + (logvar / 2).exp() * noise - self.shift_factor) * self.scaling_factor
 
+    def mean_latents(self, images: Tensor) -> Tensor:
+        """The scaled latents in the middle of the posterior, without any draw."""
+        mean, logvar = self.encode_moments(images)
+        return self.latents((mean, logvar), torch.zeros_like(mean))
+
     def encode(self, images: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
         """Scaled latents, one posterior sample per image from its own generator."""
         noise = normal(generators, self.latent_shape(images)).to(self.device)

@@ -14,8 +14,8 @@ from protectors.base import Batch, ImageProtector
 from protectors.config import PgdConfig, require
 from protectors.constraints import LEVELS
 from protectors.diffusion import DiffusionModel
-from protectors.mist import pattern_latents
-from protectors.objectives import draw, embed_prompts, latent_denoising_loss
+from protectors.mist import fused_loss, pattern_latents
+from protectors.objectives import draw, embed_prompts
 from protectors.pgd import PgdPlan, Progress, pgd, start_of
 from protectors.randomness import streams
 from protectors.transforms import Transforms
@@ -155,17 +155,14 @@ class Fixative(ImageProtector[FixativeConfig, DiffusionModel]):
                 picture = round_trip(self.model, picture)
             draws = draw(self.model, images, generators)
             latents = self.model.latents(self.model.encode_moments(picture), draws.posterior)
-            total = total + (latents - target).square().flatten(1).mean(1)
-            if self.config.denoising_weight > 0:
-                denoising = latent_denoising_loss(self.model, latents, embeddings, draws)
-                total = total - self.config.denoising_weight * denoising
+            weight = self.config.denoising_weight
+            total = total + fused_loss(self.model, latents, target, embeddings, draws, weight=weight)
         return total / copies
 
 
 def round_trip(model: DiffusionModel, images: Tensor) -> Tensor:
     """Images through the VAE to mean latents and back, same shape, in [0, 1], with gradient."""
-    mean, logvar = model.encode_moments(images)
-    back = model.decode(model.latents((mean, logvar), torch.zeros_like(mean)))
+    back = model.decode(model.mean_latents(images))
     return back[..., : images.shape[-2], : images.shape[-1]].clamp(0, 1)
 
 
