@@ -13,11 +13,10 @@ import torch
 from scipy import stats
 from sklearn.svm import SVR
 
-from pipeline.verify.metrics.base import measure
+from pipeline.verify.metrics.base import WeightsMissing, measure
 from pipeline.verify.metrics.naturalness import (
     Brisque,
     SupportVectors,
-    WeightsMissing,
     asymmetric_fit,
     brisque_features,
     installed_weights,

@@ -21,6 +21,7 @@ from torch import Tensor
 from torchmetrics.image import MultiScaleStructuralSimilarityIndexMeasure
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
+from pipeline.errors import UserError
 from pipeline.verify.embed import Embedder, mean_similarity
 from pipeline.verify.metrics.base import Against, Facts, Metric, Outcome, Reference, measure, weights_digest
 from pipeline.verify.metrics.distribution import FEWEST, cmmd, kid
@@ -30,7 +31,7 @@ from pipeline.verify.metrics.naturalness import (
     Brisque,
     SupportVectors,
 )
-from pipeline.verify.metrics.registry import available_metrics
+from pipeline.verify.metrics.registry import INSTALLED, available_metrics, chosen_metrics
 from pipeline.verify.metrics.similarity import PromptSimilarity, SubjectSimilarity
 from protectors.model_files import ModelError
 from tests.protectors.tiny import save_tokenizer
@@ -67,6 +68,8 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Detector:
     """Finds a face where the red channel is bright; breaks where blue is."""
 
+    how = "bright"
+
     def detect(self, image: Tensor) -> Tensor | None:
         if image[2].min() == 255:
             raise RuntimeError("broken")
@@ -76,8 +79,13 @@ class Detector:
 class Describer:
     """The mean colour as a unit vector around grey, so that cosines take both signs."""
 
+    how, same = "cosine", 0.5
+
     def embed(self, faces: Tensor) -> Tensor:
         return F.normalize(faces.float().mean(dim=(2, 3)) - 128, dim=1)
+
+    def likeness(self, vector: Tensor, known: Tensor) -> float:
+        return max(0.0, float(vector @ F.normalize(known.mean(dim=0), dim=0)))
 
 
 @pytest.fixture(scope="module")
@@ -86,8 +94,9 @@ def metrics(clip: Path) -> list[Metric]:
         vectors=np.zeros((1, 36)), weights=np.ones(1), width=0.01, offset=0.0,
         lowest=np.zeros(36), highest=np.ones(36),
     )  # fmt: skip
-    given = available_metrics({"clip": clip})[0]
-    return [*given, Brisque(vectors), FaceIdentity(Detector(), Describer(), weights="none")]
+    installed = (Brisque, FaceIdentity)  # in their place stand known ones
+    given = [metric for metric in available_metrics({"clip": clip})[0] if not isinstance(metric, installed)]
+    return [*given, Brisque(vectors), FaceIdentity(Detector(), Describer(), weights="none", licence="free")]
 
 
 def test_metrics_do_not_depend_on_the_batch(metrics: list[Metric]) -> None:
@@ -216,14 +225,33 @@ def test_without_weights_there_is_a_reason_and_no_number(clip: Path, monkeypatch
     metrics, absent = available_metrics()
     names = {fact.name for metric in metrics for fact in metric.facts}
     reasons = {entry.name: entry.reason for entry in absent}
-    assert set(reasons) == {"lpips", "ism_all", "dino_i", "clip_i", "clip_t", "brisque"}
+    faces = {"ism_all", "face_found", "face_match"}
+    assert set(reasons) == {"lpips", "dino_i", "clip_i", "clip_t", "brisque", "fid"} | faces
     assert not names & set(reasons)
     assert "pip install" in reasons["brisque"]
+    assert "fixative[faces]" in reasons["ism_all"]
+    assert "--metric lpips=FOLDER" in reasons["lpips"]
+    assert "2048 images" in reasons["fid"]
     assert "clip_t" not in {entry.name for entry in available_metrics({"clip": clip})[1]}
     with pytest.raises(ValueError, match="unknown weights arcface"):
         available_metrics({"arcface": clip})
-    with pytest.raises(ModelError):
-        available_metrics({"dino": clip / "nothing"})
+    for kind in ("dino", "lpips"):
+        with pytest.raises(ModelError):
+            available_metrics({kind: clip / "nothing"})
+
+
+def test_what_is_asked_for_is_there_or_refused(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = chosen_metrics({"clip": str(clip)})
+    assert [fact.name for metric in chosen for fact in metric.facts] == ["clip_i", "clip_t"]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for asked, message in (
+        ({"faces": INSTALLED}, "pip install"),
+        ({"faces": str(clip)}, "no metric faces"),
+        ({"clip": INSTALLED}, "clip=FOLDER"),
+        ({"arcface": str(clip)}, "no metric arcface"),
+    ):
+        with pytest.raises(UserError, match=message):
+            chosen_metrics(asked)
 
 
 def test_weights_are_named_by_content(clip: Path, tmp_path: Path) -> None:
@@ -268,15 +296,20 @@ def plain(*colours: tuple[int, int, int]) -> Tensor:
 
 
 def test_no_face_is_zero_and_so_is_an_opposite_one() -> None:
-    metric = FaceIdentity(Detector(), Describer(), weights="none")
+    metric = FaceIdentity(Detector(), Describer(), weights="none", licence="free")
     photos = plain((228, 128, 128), (50, 128, 128), (208, 128, 128))
     images = plain((248, 128, 128), (50, 128, 128), (128, 228, 128), (120, 128, 128))
     scores = metric.score(images, Against(photos=photos))
-    assert scores == {"ism_all": [pytest.approx(1), 0.0, pytest.approx(0, abs=1e-6), 0.0], "face_found": [1, 0, 1, 1]}
+    assert scores == {
+        "ism_all": [pytest.approx(1), 0.0, pytest.approx(0, abs=1e-6), 0.0],
+        "face_found": [1, 0, 1, 1],
+        "face_match": [1, 0, 0, 0],
+    }
+    assert metric.found(images) == [1, 0, 1, 1]
 
 
 def test_a_broken_detector_is_an_error_and_no_miss() -> None:
-    metric = FaceIdentity(Detector(), Describer(), weights="none")
+    metric = FaceIdentity(Detector(), Describer(), weights="none", licence="free")
     images = plain((228, 128, 128), (228, 128, 255))
     outcomes = measure(metric, images, Against(photos=images[:1]))
     assert [outcome.value for outcome in outcomes["ism_all"]] == [pytest.approx(1), None]

@@ -21,6 +21,10 @@ Licence = Literal["free", "non-commercial", "of the given weights"]
 GIVEN: Licence = "of the given weights"
 
 
+class WeightsMissing(Exception):
+    """Trained files are not there, or are not the known ones; the message says what to install or to give."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
     """What a report says of one number besides its value."""

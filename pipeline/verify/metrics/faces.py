@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.verify.metrics.base import GIVEN, Against, Facts, Metric, Reference
+from pipeline.verify.metrics.base import Against, Facts, Licence, Metric, Reference
 from pipeline.verify.tables import Gate
 
 SANE_DETECTION = 0.95
@@ -24,39 +23,60 @@ SANE_DETECTION = 0.95
 class FaceDetector(Protocol):
     """Finds a face."""
 
+    @property
+    def how(self) -> str:
+        """Which detector, and with which settings."""
+
     def detect(self, image: Tensor) -> Tensor | None:
         """The largest face, uint8 `(3, h, w)`, of an image uint8 `(3, H, W)`; None where there is none."""
 
 
 class FaceEmbedder(Protocol):
-    """Describes faces."""
+    """Describes faces, and says how alike two descriptions are."""
+
+    @property
+    def how(self) -> str:
+        """Which network, and how its vectors are compared."""
+
+    @property
+    def same(self) -> float:
+        """The likeness above which two faces pass for one person's."""
 
     def embed(self, faces: Tensor) -> Tensor:
-        """Unit vectors `(N, D)` of faces uint8 `(N, 3, h, w)`."""
+        """Vectors `(N, D)` of faces uint8 `(N, 3, h, w)`."""
+
+    def likeness(self, vector: Tensor, known: Tensor) -> float:
+        """How alike a face `(D,)` is to those of the photos, `(M, D)`: 0..1."""
 
 
 class FaceIdentity(Metric):
-    """Identity score matching over all images, and whether a face was found.
+    """Identity score matching over all images, whether a face was found, and whether it passes for the subject's.
 
     Args:
         detector: finds faces; its exceptions pass through.
         embedder: describes them.
         weights: sha256 of the weights of both.
+        licence: of these weights.
     """
 
     needs = Reference.PHOTOS
 
-    def __init__(self, detector: FaceDetector, embedder: FaceEmbedder, *, weights: str) -> None:
-        self._detector, self._embedder, self._weights = detector, embedder, weights
+    def __init__(self, detector: FaceDetector, embedder: FaceEmbedder, *, weights: str, licence: Licence) -> None:
+        self._detector, self._embedder, self._weights, self._licence = detector, embedder, weights, licence
 
     @property
     def facts(self) -> Sequence[Facts]:
-        """Similarity and detection."""
-        how = "max(0, cosine) of the largest face to the mean of the photos' faces; 0 where no face is found"
-        return (
-            Facts(name="ism_all", better="down", how=how, weights=self._weights, licence=GIVEN),
-            Facts(name="face_found", better="down", how="1 or 0", weights=self._weights, licence=GIVEN),
-        )
+        """Similarity, detection, match."""
+        found, alike = self._detector.how, self._embedder.how
+        how = {
+            "ism_all": f"{alike}; largest face, {found}; 0 where no face is found",
+            "face_found": f"1 or 0; {found}",
+            "face_match": f"1 where ism_all is above {self._embedder.same}, else 0",
+        }
+        return [
+            Facts(name=name, better="down", how=text, weights=self._weights, licence=self._licence)
+            for name, text in how.items()
+        ]
 
     def _score(self, images: Tensor, against: Against) -> dict[str, list[float]]:
         if against.photos is None:
@@ -64,12 +84,18 @@ class FaceIdentity(Metric):
         known = [vector for photo in against.photos if (vector := self._describe(photo)) is not None]
         if not known:
             raise RuntimeError("no face found in any photo of the subject: face metrics do not apply")
-        mean = F.normalize(torch.stack(known).mean(dim=0), dim=0)
+        photos = torch.stack(known)
         vectors = [self._describe(image) for image in images]
+        alike = [0.0 if vector is None else self._embedder.likeness(vector, photos) for vector in vectors]
         return {
-            "ism_all": [0.0 if vector is None else max(0.0, float(vector @ mean)) for vector in vectors],
+            "ism_all": alike,
             "face_found": [float(vector is not None) for vector in vectors],
+            "face_match": [float(value > self._embedder.same) for value in alike],
         }
+
+    def found(self, photos: Tensor) -> list[float]:
+        """Whether the detector finds a face in each photo, uint8 `(N, 3, H, W)`: what `detector_gate` asks for."""
+        return [float(self._detector.detect(photo) is not None) for photo in photos]
 
     def _describe(self, image: Tensor) -> Tensor | None:
         face = self._detector.detect(image)

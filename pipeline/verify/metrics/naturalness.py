@@ -21,7 +21,7 @@ from scipy.special import gamma
 from torch import Tensor
 
 from pipeline.ids import sha256_hex
-from pipeline.verify.metrics.base import Against, Facts, Metric, Reference
+from pipeline.verify.metrics.base import Against, Facts, Metric, Reference, WeightsMissing
 
 Floats = npt.NDArray[np.float64]
 
@@ -34,10 +34,6 @@ _SMALLEST = 32
 # Shapes from peaked to nearly uniform, and the ratio of moments that tells them apart (paper, section III-A).
 _SHAPES = np.arange(0.2, 10.0, 0.001)
 _RATIOS = gamma(2 / _SHAPES) ** 2 / (gamma(1 / _SHAPES) * gamma(3 / _SHAPES))
-
-
-class WeightsMissing(Exception):
-    """The trained files are not there, or are not the known ones; the message says what to install."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

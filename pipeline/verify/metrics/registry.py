@@ -2,18 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+from pipeline.errors import UserError
 from pipeline.verify.embed import Embedder
-from pipeline.verify.metrics.base import Metric
+from pipeline.verify.metrics.base import Metric, WeightsMissing
+from pipeline.verify.metrics.faces_dlib import dlib_faces
 from pipeline.verify.metrics.fidelity import Colour, PixelChange, Structure
-from pipeline.verify.metrics.naturalness import Brisque, WeightsMissing, installed_weights
+from pipeline.verify.metrics.frechet import FEWEST_FID
+from pipeline.verify.metrics.inception import SOURCE as INCEPTION_SOURCE
+from pipeline.verify.metrics.naturalness import Brisque, installed_weights
+from pipeline.verify.metrics.perceptual import SOURCE as ALEXNET_SOURCE
+from pipeline.verify.metrics.perceptual import Lpips
 from pipeline.verify.metrics.similarity import PromptSimilarity, SubjectSimilarity
 
-WEIGHTS = ("dino", "clip")
-"""Models that are given by folder; metrics never download."""
+WEIGHTS = ("dino", "clip", "lpips", "inception")
+"""Models that are given by folder; metrics never download. `inception` is of `fid`, which is of sets of images."""
+INSTALLED = "installed"
+"""Stands for a folder where the weights come with a package."""
+
+_FROM_FOLDER: Mapping[str, tuple[tuple[str, ...], str, Callable[[Path, str], list[Metric]]]] = {
+    "lpips": (("lpips",), f"a folder with {ALEXNET_SOURCE}", lambda folder, device: [Lpips(folder, device=device)]),
+    "dino": (
+        ("dino_i",),
+        "a transformers folder of facebook/dino-vits16",
+        lambda folder, device: [SubjectSimilarity("dino_i", Embedder(folder, device=device))],
+    ),
+    "clip": (
+        ("clip_i", "clip_t"),
+        "a transformers folder of a CLIP model",
+        lambda folder, device: [
+            SubjectSimilarity("clip_i", Embedder(folder, device=device)),
+            PromptSimilarity(folder, device=device),
+        ],
+    ),
+}
+"""Names of the numbers, what must be given, and what makes the metrics."""
+_FROM_PACKAGE: Mapping[str, tuple[tuple[str, ...], Callable[[], Metric]]] = {
+    "faces": (("ism_all", "face_found", "face_match"), lambda: dlib_faces()),
+    "brisque": (("brisque",), lambda: Brisque(installed_weights())),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +54,10 @@ class Absent:
     name: str
     reason: str
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
 
 def available_metrics(
     weights: Mapping[str, Path] | None = None, *, device: str = "cpu"
@@ -30,8 +65,8 @@ def available_metrics(
     """The metrics that can be measured with these weights, and those that cannot.
 
     Args:
-        weights: folder by name of `WEIGHTS`.
-        device: of the embedding models.
+        weights: folder by name of `WEIGHTS`. That of `inception` makes no metric, since its number is of two sets.
+        device: of the networks.
 
     Raises:
         ValueError: an unknown name.
@@ -42,22 +77,48 @@ def available_metrics(
         raise ValueError(f"unknown weights {', '.join(unknown)}; known: {', '.join(WEIGHTS)}")
     metrics: list[Metric] = [PixelChange(), Structure(), Colour()]
     metrics.append(SubjectSimilarity("nano_embed_i", Embedder(device=device)))
-    absent = [
-        Absent(name="lpips", reason="its backbone comes from torchvision, which is no dependency"),
-        Absent(name="ism_all", reason="no face detector and face embedder that are free and need no download"),
-    ]
-    if "dino" in given:
-        metrics.append(SubjectSimilarity("dino_i", Embedder(given["dino"], device=device)))
-    else:
-        absent.append(Absent(name="dino_i", reason="no weights given: a transformers folder of facebook/dino-vits16"))
-    if "clip" in given:
-        metrics.append(SubjectSimilarity("clip_i", Embedder(given["clip"], device=device)))
-        metrics.append(PromptSimilarity(given["clip"], device=device))
-    else:
-        reason = "no weights given: a transformers folder of a CLIP model"
-        absent += [Absent(name=name, reason=reason) for name in ("clip_i", "clip_t")]
-    try:
-        metrics.append(Brisque(installed_weights()))
-    except WeightsMissing as error:
-        absent.append(Absent(name="brisque", reason=str(error)))
+    absent: list[Absent] = []
+    for kind, (names, needed, make) in _FROM_FOLDER.items():
+        if kind in given:
+            metrics += make(given[kind], device)
+        else:
+            absent += [Absent(name=name, reason=_not_given(kind, needed)) for name in names]
+    for names, load in _FROM_PACKAGE.values():
+        try:
+            metrics.append(load())
+        except WeightsMissing as error:
+            absent += [Absent(name=name, reason=str(error)) for name in names]
+    if "inception" not in given:
+        needed = f"a folder with {INCEPTION_SOURCE}; and {FEWEST_FID} images per set"
+        absent.append(Absent(name="fid", reason=_not_given("inception", needed)))
     return metrics, absent
+
+
+def _not_given(kind: str, needed: str) -> str:
+    return f"no weights given: --metric {kind}=FOLDER, {needed}"
+
+
+def chosen_metrics(asked: Mapping[str, str], *, device: str = "cpu") -> list[Metric]:
+    """The metrics that are asked for beside those that need no weights.
+
+    Args:
+        asked: folder by name; `INSTALLED` for those whose weights come with a package.
+        device: of the networks.
+
+    Raises:
+        UserError: a name is unknown, has no folder or needs none, or its package is not there.
+        ModelError: a folder is not usable.
+    """
+    metrics: list[Metric] = []
+    for kind, folder in asked.items():
+        if kind in _FROM_PACKAGE and folder == INSTALLED:
+            try:
+                metrics.append(_FROM_PACKAGE[kind][1]())
+            except WeightsMissing as error:
+                raise UserError(f"metric {kind}: {error}") from error
+        elif kind in _FROM_FOLDER and folder != INSTALLED:
+            metrics += _FROM_FOLDER[kind][2](Path(folder), device)
+        else:
+            forms = [f"{name}=FOLDER" for name in _FROM_FOLDER] + list(_FROM_PACKAGE)
+            raise UserError(f"no metric {kind}={folder} here; there are {', '.join(forms)}")
+    return metrics
