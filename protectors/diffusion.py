@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from protectors.denoiser import Denoiser
 from protectors.model_files import Form, ModelError, check_folder, load_network, model_digest, read_json, resolve_folder
 from protectors.randomness import normal
-from protectors.schedule import NoiseSchedule, PredictionType
+from protectors.schedule import NoiseSchedule
 
 __all__ = ["DiffusionModel", "LatentModel", "LatentParts", "ModelError", "load_latent", "load_model", "model_digest"]
 
@@ -35,7 +36,7 @@ class LatentParts:
     tokenizer: Any
 
 
-class LatentModel(ABC):
+class LatentModel(Denoiser, ABC):
     """What all latent diffusion models share: frozen networks that take images in [0, 1] of any size.
 
     Images, latents, losses and schedule arithmetic are float32; only the networks run in ``dtype``.
@@ -61,12 +62,10 @@ class LatentModel(ABC):
     def __init__(self, parts: LatentParts, schedule: NoiseSchedule, *, digest: str) -> None:
         self._check_channels(parts.unet.config.in_channels, parts.vae.config.latent_channels)
         _check_parts(parts)
+        super().__init__(parts.unet, schedule, digest=digest)
         self.vae = parts.vae
-        self.unet = parts.unet
         self.text_encoder = parts.text_encoder
         self.tokenizer = parts.tokenizer
-        self.schedule = schedule
-        self.digest = digest
         for network in self._networks():
             network.requires_grad_(False).eval()
         self.scaling_factor = float(self.vae.config.scaling_factor)
@@ -76,24 +75,6 @@ class LatentModel(ABC):
         self.stride: int = self.vae_factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
         self._embed = lru_cache(_PROMPT_CACHE)(self._embed_one)
         self.to(self.device)
-
-    @property
-    def device(self) -> torch.device:
-        device: torch.device = self.unet.device
-        return device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        dtype: torch.dtype = self.unet.dtype
-        return dtype
-
-    @property
-    def prediction_type(self) -> PredictionType:
-        return self.schedule.prediction_type
-
-    @property
-    def alphas_cumprod(self) -> Tensor:
-        return self.schedule.alphas_cumprod
 
     @property
     def base_size(self) -> int:
@@ -153,10 +134,6 @@ class LatentModel(ABC):
         unscaled = latents / self.scaling_factor + self.shift_factor
         images: Tensor = self.vae.decode(unscaled.to(self.dtype)).sample.float()
         return (images + 1) / 2
-
-    def add_noise(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """Latents at noise level t."""
-        return self.schedule.add_noise(latents, noise, t)
 
     def target(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """What the UNet was trained to predict: the noise, or v."""

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from protectors.denoiser import Denoiser
 from protectors.model_files import ModelError, check_folder, load_network, model_digest, read_json, resolve_folder
-from protectors.schedule import NoiseSchedule, PredictionType
+from protectors.schedule import NoiseSchedule
 
 
-class PixelModel:
+class PixelModel(Denoiser):
     """A frozen pixel-space diffusion model that sees square tiles of one size.
 
     Tiles, noise and schedule arithmetic are float32; only the network runs in ``dtype``. Gradients flow
@@ -31,29 +32,9 @@ class PixelModel:
 
     def __init__(self, unet: Any, schedule: NoiseSchedule, *, digest: str) -> None:
         self.base_size: int = _side(unet.config)
-        self.unet = unet
-        self.schedule = schedule
-        self.digest = digest
+        super().__init__(unet, schedule, digest=digest)
         self.unet.requires_grad_(False).eval()
         self.to(self.device)
-
-    @property
-    def device(self) -> torch.device:
-        device: torch.device = self.unet.device
-        return device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        dtype: torch.dtype = self.unet.dtype
-        return dtype
-
-    @property
-    def prediction_type(self) -> PredictionType:
-        return self.schedule.prediction_type
-
-    @property
-    def alphas_cumprod(self) -> Tensor:
-        return self.schedule.alphas_cumprod
 
     def to(self, device: torch.device | str) -> PixelModel:
         """Moves everything to the device; returns self."""
@@ -64,10 +45,6 @@ class PixelModel:
     def encode(self, images: Tensor) -> Tensor:
         """What the network sees of images in [0, 1]: the range [-1, 1]."""
         return images * 2 - 1
-
-    def add_noise(self, tiles: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """Encoded tiles at noise level t."""
-        return self.schedule.add_noise(tiles, noise, t)
 
     def predict_noise(self, noisy: Tensor, t: Tensor) -> Tensor:
         """The network's estimate of the noise in noisy tiles; a learned variance is left out."""
