@@ -58,16 +58,26 @@ class Noise(ImageProtector[ProtectorConfig, None]):
         return 1
 
     def _perturb(self, batch: Batch, progress: Progress | None) -> Tensor:
-        originals, whole = batch.originals, math.floor(self.config.eps_levels)
+        originals, (low, high) = batch.originals, self._range
         draws = [
-            torch.randint(-whole, whole + 1, originals.shape[1:], generator=generator)
-            for generator in streams(batch.seeds, "noise")
+            torch.randint(low, high + 1, originals.shape[1:], generator=generator)
+            for generator in streams(batch.seeds, self.name)
         ]
-        noise = torch.stack(draws).to(originals.device) / LEVELS
-        noise = torch.where(is_grey(originals), noise[:, :1], noise)
+        values = torch.stack(draws).to(originals.device) / LEVELS
+        values = torch.where(is_grey(originals), values[:, :1], values)
         if progress is not None:
             progress(1, 1)
-        return project(originals + noise, originals, self.config.eps_levels)
+        return project(self._target(originals, values), originals, self.config.eps_levels)
+
+    @property
+    def _range(self) -> tuple[int, int]:
+        """First and last level that is drawn."""
+        whole = math.floor(self.config.eps_levels)
+        return -whole, whole
+
+    def _target(self, originals: Tensor, values: Tensor) -> Tensor:
+        """Where the images are taken, as far as the budget allows."""
+        return originals + values
 
     def _objective(self, images: Tensor, batch: Batch) -> Tensor:
         return (images - batch.originals).abs().flatten(1).mean(1) * LEVELS

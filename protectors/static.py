@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import NoneType
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from protectors.base import Batch, ImageProtector
 from protectors.config import ProtectorConfig
-from protectors.constraints import LEVELS, project
-from protectors.pgd import Progress, is_grey
-from protectors.randomness import streams
+from protectors.constraints import LEVELS
+from protectors.noise import Noise
 
 
-class Static(ImageProtector[ProtectorConfig, None]):
+class Static(Noise):
     """Maximises nothing: every value moves towards one drawn uniformly from 0 to 255, as far as the budget allows.
 
     No paper; see https://arxiv.org/abs/2302.06588 for the kind of method that it is a control of. At 8 levels it is
@@ -45,8 +41,6 @@ class Static(ImageProtector[ProtectorConfig, None]):
 
     name = "static"
     version = "1"
-    config_type = ProtectorConfig
-    model_type = NoneType
     presets: ClassVar[Mapping[str, ProtectorConfig]] = {
         "paper": ProtectorConfig(eps_levels=255.0),
         "fast": ProtectorConfig(),
@@ -54,20 +48,8 @@ class Static(ImageProtector[ProtectorConfig, None]):
     }
 
     @property
-    def steps(self) -> int:
-        return 1
+    def _range(self) -> tuple[int, int]:
+        return 0, LEVELS
 
-    def _perturb(self, batch: Batch, progress: Progress | None) -> Tensor:
-        originals = batch.originals
-        draws = [
-            torch.randint(0, LEVELS + 1, originals.shape[1:], generator=generator)
-            for generator in streams(batch.seeds, "static")
-        ]
-        picture = torch.stack(draws).to(originals.device) / LEVELS
-        picture = torch.where(is_grey(originals), picture[:, :1], picture)
-        if progress is not None:
-            progress(1, 1)
-        return project(picture, originals, self.config.eps_levels)
-
-    def _objective(self, images: Tensor, batch: Batch) -> Tensor:
-        return (images - batch.originals).abs().flatten(1).mean(1) * LEVELS
+    def _target(self, originals: Tensor, values: Tensor) -> Tensor:
+        return values
