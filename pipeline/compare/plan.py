@@ -21,7 +21,6 @@ from pipeline.verify.attack_models import AttackModels, ModelKind, ModelMissing,
 from pipeline.verify.campaign import DECIDING, folder_digest
 from pipeline.verify.customizers import CUSTOMIZERS, customizer
 from pipeline.verify.editors import EDITORS
-from pipeline.verify.metrics.base import weights_digest
 from pipeline.verify.purifiers import PURIFIERS, check_purifiers
 from pipeline.verify.scores import NO_PURIFIER, Cell
 from pipeline.verify.trial import GENERATED, Attack, cells_of, needs_protected
@@ -258,7 +257,7 @@ def plan_comparison(settings: Settings) -> Comparison:
             "device": settings.device.partition(":")[0],
             "versions": {name: version(name) for name in DECIDING},
         },
-        embedder=weights_digest(reference_path(NANO_EMBED)),
+        embedder=folder_digest(reference_path(NANO_EMBED)),
         photos={subject.name: subject.digest() for subject in subjects},
     )
 
