@@ -127,7 +127,7 @@ def test_a_checkpoint_is_read_once(settings: Settings, monkeypatch: pytest.Monke
     monkeypatch.setattr("pipeline.compare.plan.folder_digest", lambda folder: f"{len(read)}{read.append(folder)}")
     base = replace(settings, methods=tuple(parse_methods("photoguard,advdm,mist")))
     comparison = plan_comparison(base)
-    assert len(read) == len(set(read)) == 3  # the latent model, of both sides, the attacker's pixel model, and the judge
+    assert len(read) == len(set(read)) == 3  # both sides' latent model, the attacker's pixel model, and the judge
     assert {method.digest for method in comparison.methods} == {comparison.digests[ModelKind.LATENT]}
 
 
