@@ -8,12 +8,13 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from protectors.base import Batch, ImageProtector
+from protectors.base import Batch
 from protectors.config import PgdConfig
 from protectors.diffusion import DiffusionModel
 from protectors.objectives import denoising_loss, draw, embed_prompts, mean_denoising_loss
-from protectors.pgd import PgdPlan, Progress, pgd, start_of
+from protectors.pgd import PgdPlan, Places, Plateau, Progress, pgd, start_of
 from protectors.randomness import streams
+from protectors.search import PgdProtector
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,7 +28,7 @@ class AdvDMConfig(PgdConfig):
     prompt: str = "a photo"
 
 
-class AdvDM(ImageProtector[AdvDMConfig, DiffusionModel]):
+class AdvDM(PgdProtector[AdvDMConfig, DiffusionModel]):
     """Maximises the denoising loss of the image under a frozen diffusion model (minimises with sign "-").
 
     "Adversarial Example Does Good: Preventing Painting Imitation from Diffusion Models via Adversarial
@@ -65,20 +66,17 @@ class AdvDM(ImageProtector[AdvDMConfig, DiffusionModel]):
         "strong": AdvDMConfig(eps_levels=16.0, step_levels=0.5, steps=300),
     }
 
-    @property
-    def steps(self) -> int:
-        return self.config.steps
-
-    def _perturb(self, batch: Batch, progress: Progress | None) -> Tensor:
+    def _climb(self, batch: Batch, progress: Progress | None, plateau: Plateau | None) -> Tensor:
         generators = streams(batch.seeds, "advdm/attack")
         embeddings = embed_prompts(self.model, batch, self.config.prompt)
         start = start_of(self.config, batch.originals, generators)
 
-        def loss(images: Tensor, step: int) -> Tensor:
-            return denoising_loss(self.model, images, embeddings, draw(self.model, images, generators))
+        def loss(images: Tensor, places: Places) -> Tensor:
+            draws = draw(self.model, images, [generators[place] for place in places])
+            return denoising_loss(self.model, images, embeddings[places], draws)
 
         plan = PgdPlan.of(self.config, ascend=self.config.sign == "+")
-        return pgd(loss, batch.originals, plan, start=start, masks=batch.masks, progress=progress)
+        return pgd(loss, batch.originals, plan, start=start, masks=batch.masks, progress=progress, plateau=plateau)
 
     def _objective(self, images: Tensor, batch: Batch) -> Tensor:
         generators = streams(batch.seeds, "advdm/evaluation")

@@ -10,13 +10,14 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from protectors.base import Batch, ImageProtector
-from protectors.config import ProtectorConfig, require
+from protectors.base import Batch
+from protectors.config import SearchConfig, require
 from protectors.frequency import DctNorm, PatchFrequencies
 from protectors.model_files import ModelError
-from protectors.pgd import PgdPlan, Progress, pgd, uniform_start
+from protectors.pgd import SCHEDULES, PgdPlan, Places, Plateau, Progress, pgd, start_of
 from protectors.pixel import PixelModel
 from protectors.randomness import normal, streams
+from protectors.search import PgdProtector
 from protectors.tiles import Piece, cut, pad_reflect, tile_pieces
 
 # Pixels in one call of the UNet with its backward pass: 128 tiles of 64, 8 of 256.
@@ -24,11 +25,9 @@ _PIXELS_TOGETHER = 2**19
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AntiPureConfig(ProtectorConfig):
+class AntiPureConfig(SearchConfig):
     """What the paper publishes (lambda1, lambda2, tp) and what it leaves open (the rest); timesteps count from 1."""
 
-    # Sign steps per image. Time grows in proportion.
-    steps: int = 100
     # Length of one sign step in 8-bit levels. None: a tenth of eps_levels, at any budget.
     step_levels: float | None = None
     # Start at a uniform random point of the budget (True) or at the original (False).
@@ -65,8 +64,8 @@ class AntiPureConfig(ProtectorConfig):
     tile_layout: Literal["gridpure", "grid"] = "gridpure"
 
     def check(self) -> None:
-        ProtectorConfig.check(self)
-        for field in ("steps", "n_eot", "eval_draws", "tp"):
+        SearchConfig.check(self)
+        for field in ("n_eot", "tp"):
             require(getattr(self, field) >= 1, field, getattr(self, field), "use 1 or more")
         step = self.step_levels
         require(step is None or 0 < step <= 255, "step_levels", step, "use more than 0 (8-bit levels), or none")
@@ -97,7 +96,7 @@ class TileDraws:
             yield part, TileDraws(self.t[part], self.noise[part], self.starts[part], self.patched[part])
 
 
-class AntiPure(ImageProtector[AntiPureConfig, PixelModel]):
+class AntiPure(PgdProtector[AntiPureConfig, PixelModel]):
     """Makes a pixel-space purifier work badly: raises its error, its high frequencies and its timestep confusion.
 
     "Towards Robust Defense against Customization via Protective Perturbation Resistant to Diffusion-based
@@ -152,24 +151,21 @@ class AntiPure(ImageProtector[AntiPureConfig, PixelModel]):
         if config.t_err > longest:
             raise ModelError(f"t_err={config.t_err}: the model has {longest} timesteps")
 
-    @property
-    def steps(self) -> int:
-        return self.config.steps
-
-    def _perturb(self, batch: Batch, progress: Progress | None) -> Tensor:
+    def _climb(self, batch: Batch, progress: Progress | None, plateau: Plateau | None) -> Tensor:
         config, generators = self.config, streams(batch.seeds, "antipure/attack")
-        start = uniform_start(batch.originals, config.eps_levels, generators) if config.random_start else None
+        start = start_of(config, batch.originals, generators)
         plan = PgdPlan(
             eps_levels=config.eps_levels,
             step_levels=config.eps_levels / 10 if config.step_levels is None else config.step_levels,
             steps=config.steps,
             ascend=True,
+            schedule=SCHEDULES[config.schedule],
         )
 
-        def loss(images: Tensor, step: int) -> Tensor:
-            return self._slope(images, generators)
+        def loss(images: Tensor, places: Places) -> Tensor:
+            return self._slope(images, [generators[place] for place in places])
 
-        return pgd(loss, batch.originals, plan, start=start, masks=batch.masks, progress=progress)
+        return pgd(loss, batch.originals, plan, start=start, masks=batch.masks, progress=progress, plateau=plateau)
 
     def _objective(self, images: Tensor, batch: Batch) -> Tensor:
         generators = streams(batch.seeds, "antipure/evaluation")

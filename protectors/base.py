@@ -28,7 +28,7 @@ class ImageFacts:
     seed: int
     """The seed that it was protected with."""
     steps: int
-    """Optimizer steps."""
+    """Optimizer steps that it took, over all starts."""
     objective_before: float
     """The method's objective at the original rounded to 8 bit; higher means better protected."""
     objective_after: float
@@ -48,6 +48,16 @@ class ProtectResult:
     images: Tensor
     """``(B, 3, H, W)`` float32 on the CPU; every value is a whole 8-bit level divided by 255."""
     facts: tuple[ImageFacts, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Perturbed:
+    """What a method found, where images differ in their steps."""
+
+    images: Tensor
+    """``(B, 3, H, W)``, not yet rounded; NaN marks an image that failed."""
+    steps: tuple[int, ...]
+    """Optimizer steps of each image."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False, weakref_slot=True)
@@ -77,15 +87,16 @@ class Batch:
         return tuple(number_of[place] for place in range(len(self.seeds)))
 
     def part(self, places: Sequence[int]) -> Batch:
-        """The images at these places alone, which must be whole groups."""
+        """The images at these places alone; of a group that is cut, those that are among them."""
         new = {place: number for number, place in enumerate(places)}
+        groups = (tuple(new[place] for place in group if place in new) for group in self.groups)
         chosen = list(places)
         return Batch(
             originals=self.originals[chosen],
             seeds=tuple(self.seeds[place] for place in places),
             prompts=None if self.prompts is None else tuple(self.prompts[place] for place in places),
             masks=None if self.masks is None else self.masks[chosen],
-            groups=tuple(tuple(new[place] for place in group) for group in self.groups if group[0] in new),
+            groups=tuple(group for group in groups if group),
         )
 
 
@@ -168,18 +179,13 @@ class ImageProtector(ABC, Generic[ConfigT, ModelT]):
         """
         batch = self._check(images, seeds, prompts=prompts, masks=masks, groups=groups)
         before = self._measure(batch.originals, batch)
-        perturbed = self._perturb(batch, progress).detach()
-        if perturbed.shape != batch.originals.shape:
-            raise RuntimeError(f"{self.name}._perturb changed the shape to {tuple(perturbed.shape)}")
-        saved = quantize(perturbed, batch.originals, self.config.eps_levels)
-        if batch.masks is not None:
-            saved = torch.where(batch.masks > 0, saved, batch.originals)
-        # NaN survives rounding and clamping, so this sees whatever went wrong before.
-        finite = saved.isfinite().flatten(1).all(1)
-        saved = torch.where(finite.view(-1, 1, 1, 1), saved, batch.originals)
+        found = self._perturb(batch, progress)
+        if isinstance(found, Tensor):
+            found = Perturbed(images=found, steps=(self.steps,) * len(batch.seeds))
+        saved, finite = self._saved(found.images.detach(), batch)
         after = self._measure(saved, batch)
         failures = [_failure(*row) for row in zip(finite.tolist(), before, after, strict=True)]
-        return self._result(saved, batch, failures, (before, after))
+        return self._result(saved, batch, found.steps, failures, (before, after))
 
     @final
     def objective(
@@ -213,15 +219,26 @@ class ImageProtector(ABC, Generic[ConfigT, ModelT]):
     @property
     @abstractmethod
     def steps(self) -> int:
-        """Optimizer steps per image."""
+        """Optimizer steps per image, at most."""
 
     @abstractmethod
-    def _perturb(self, batch: Batch, progress: Progress | None) -> Tensor:
+    def _perturb(self, batch: Batch, progress: Progress | None) -> Tensor | Perturbed:
         """The perturbed images, in the shape of ``batch.originals``; NaN marks an image that failed."""
 
     @abstractmethod
     def _objective(self, images: Tensor, batch: Batch) -> Tensor:
         """``objective`` for checked input on the right device, without graph."""
+
+    def _saved(self, perturbed: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """What is stored of perturbed images, and which of them are finite ``(B,)``; the others are their originals."""
+        if perturbed.shape != batch.originals.shape:
+            raise RuntimeError(f"{self.name}._perturb changed the shape to {tuple(perturbed.shape)}")
+        saved = quantize(perturbed, batch.originals, self.config.eps_levels)
+        if batch.masks is not None:
+            saved = torch.where(batch.masks > 0, saved, batch.originals)
+        # NaN survives rounding and clamping, so this sees whatever went wrong before.
+        finite = saved.isfinite().flatten(1).all(1)
+        return torch.where(finite.view(-1, 1, 1, 1), saved, batch.originals), finite
 
     def _measure(self, images: Tensor, batch: Batch) -> list[float]:
         with torch.no_grad():
@@ -231,6 +248,7 @@ class ImageProtector(ABC, Generic[ConfigT, ModelT]):
         self,
         saved: Tensor,
         batch: Batch,
+        steps: Sequence[int],
         failures: list[str | None],
         objectives: tuple[list[float], list[float]],
     ) -> ProtectResult:
@@ -238,6 +256,7 @@ class ImageProtector(ABC, Generic[ConfigT, ModelT]):
         saved = torch.where(failed.view(-1, 1, 1, 1), batch.originals, saved)
         rows = zip(
             batch.seeds,
+            steps,
             *objectives,
             linf_levels(saved, batch.originals).tolist(),
             psnr_db(saved, batch.originals).tolist(),
@@ -247,14 +266,14 @@ class ImageProtector(ABC, Generic[ConfigT, ModelT]):
         facts = tuple(
             ImageFacts(
                 seed=seed,
-                steps=self.steps,
+                steps=taken,
                 objective_before=before,
                 objective_after=after,
                 linf_levels=int(linf),
                 psnr_db=psnr,
                 failed=failure,
             )
-            for seed, before, after, linf, psnr, failure in rows
+            for seed, taken, before, after, linf, psnr, failure in rows
         )
         return ProtectResult(images=saved.cpu(), facts=facts)
 

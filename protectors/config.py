@@ -6,8 +6,15 @@ import json
 import math
 import types
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Self, Union, get_args, get_origin, get_type_hints
+
+ScheduleName = Literal["constant", "linear", "cosine"]
+
+# Mark of fields that came when results were already stored: at its default such a field is left out of ``to_dict``, of
+# which the keys of stored results are made. They stay valid, for the default is what the code did before there was the
+# field; so it must never change.
+LATE: Mapping[str, bool] = {"late": True}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,9 +34,9 @@ class ProtectorConfig:
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
-        for field in fields(self):
-            value = _conform(field.name, hints[field.name], getattr(self, field.name))
-            object.__setattr__(self, field.name, value)
+        for each in fields(self):
+            value = _conform(each.name, hints[each.name], getattr(self, each.name))
+            object.__setattr__(self, each.name, value)
         self.check()
 
     def check(self) -> None:
@@ -43,13 +50,15 @@ class ProtectorConfig:
         return json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"), allow_nan=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """Field names and values; ``from_dict`` of it is equal to this object."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        """Field names and values, without late fields at their default; ``from_dict`` of it is equal to this object."""
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        late = {each.name: each.default for each in fields(self) if each.metadata == LATE}
+        return {name: value for name, value in values.items() if name not in late or value != late[name]}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Builds the configuration; missing fields take their defaults, unknown ones raise ValueError."""
-        known = [field.name for field in fields(cls)]
+        known = [each.name for each in fields(cls)]
         unknown = sorted(set(values) - set(known))
         if unknown:
             raise ValueError(f"{cls.__name__} has no field {', '.join(map(repr, unknown))}; known: {', '.join(known)}")
@@ -61,24 +70,46 @@ class ProtectorConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PgdConfig(ProtectorConfig):
-    """Fields shared by all methods that climb or descend an objective in sign steps."""
+class SearchConfig(ProtectorConfig):
+    """Fields of the methods that search by sign steps on every image for itself: how long, and how often."""
 
     # Sign steps per image. Time grows in proportion; 0 is refused because it would protect nothing.
     steps: int = 100
-    # Length of one sign step in 8-bit levels. Below eps_levels / steps the budget is never used up.
-    step_levels: float = 1.0
     # Start at a uniform random point of the budget (True) or at the original (False).
     random_start: bool = True
     # Draws of (timestep, noise) for the objective that is measured before and after. It costs two forward
-    # passes per draw; fewer draws make the facts noisier, never the pixels.
+    # passes per draw; fewer draws make the facts noisier, never the pixels of a single start.
     eval_draws: int = 8
+    # Early stop: an image takes no more steps once the last `patience` of them brought less than a tenth of what as
+    # many brought on average. 0 never stops; nothing stops before twice this. With less than a fifth of `steps`, noise
+    # of the objective passes for its end. Each measurement takes two draws without gradient.
+    patience: int = field(default=0, metadata=LATE)
+    # Starts per image, each at another random point. The one with the best objective is kept; time grows in proportion.
+    restarts: int = field(default=1, metadata=LATE)
+    # How the steps shorten from the first, of step_levels, to the last: not at all, to 1 % in a line, or to nearly 0
+    # along half a cosine.
+    schedule: ScheduleName = field(default="constant", metadata=LATE)
 
     def check(self) -> None:
         ProtectorConfig.check(self)
         require(self.steps >= 1, "steps", self.steps, "use 1 or more")
-        require(0 < self.step_levels <= 255, "step_levels", self.step_levels, "use more than 0 (8-bit levels)")
         require(self.eval_draws >= 1, "eval_draws", self.eval_draws, "use 1 or more")
+        require(self.patience >= 0, "patience", self.patience, "use 0 (off) or more (steps)")
+        require(self.restarts >= 1, "restarts", self.restarts, "use 1 or more")
+        again = self.restarts == 1 or self.random_start
+        require(again, "restarts", self.restarts, "use 1, or random_start: every start must be another")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PgdConfig(SearchConfig):
+    """Fields of ``SearchConfig``, with a step length that does not depend on the budget."""
+
+    # Length of one sign step in 8-bit levels. Below eps_levels / steps the budget is never used up.
+    step_levels: float = 1.0
+
+    def check(self) -> None:
+        SearchConfig.check(self)
+        require(0 < self.step_levels <= 255, "step_levels", self.step_levels, "use more than 0 (8-bit levels)")
 
 
 def require(holds: bool, field: str, value: object, fix: str) -> None:

@@ -12,12 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from protectors.base import Batch, ImageProtector
+from protectors.base import Batch
 from protectors.config import PgdConfig, require
 from protectors.inpainting import InpaintingModel
 from protectors.objectives import embed_prompts
-from protectors.pgd import PgdPlan, Progress, pgd, start_of
+from protectors.pgd import PgdPlan, Places, Plateau, Progress, pgd, start_of
 from protectors.randomness import normal, streams
+from protectors.search import PgdProtector
 
 # Points along each side of the random field over a mask that decides how far its contour moves; smooth in between.
 _FIELD = 8
@@ -39,7 +40,7 @@ class DiffusionGuardConfig(PgdConfig):
         require(self.schedule_steps >= 1, "schedule_steps", self.schedule_steps, "use 1 or more")
 
 
-class DiffusionGuard(ImageProtector[DiffusionGuardConfig, InpaintingModel]):
+class DiffusionGuard(PgdProtector[DiffusionGuardConfig, InpaintingModel]):
     """Maximises the norm of an inpainting model's first noise estimate, for many masks of about the right shape.
 
     "DiffusionGuard: A Robust Defense Against Malicious Diffusion-based Image Editing", https://arxiv.org/abs/2410.05694.
@@ -85,21 +86,18 @@ class DiffusionGuard(ImageProtector[DiffusionGuardConfig, InpaintingModel]):
         super().__init__(config, model)
         self._known: WeakKeyDictionary[Batch, KeptAreas] = WeakKeyDictionary()
 
-    @property
-    def steps(self) -> int:
-        return self.config.steps
-
-    def _perturb(self, batch: Batch, progress: Progress | None) -> Tensor:
+    def _climb(self, batch: Batch, progress: Progress | None, plateau: Plateau | None) -> Tensor:
         generators = streams(batch.seeds, "diffusion_guard/attack")
         embeddings = embed_prompts(self.model, batch, self.config.prompt)
         areas = self._areas(batch)
         start = start_of(self.config, batch.originals, generators)
 
-        def loss(images: Tensor, step: int) -> Tensor:
-            return self._norm(images, areas.draw(generators), embeddings, generators)
+        def loss(images: Tensor, places: Places) -> Tensor:
+            active = [generators[place] for place in places]
+            return self._norm(images, areas.draw(active, places), embeddings[places], active)
 
         plan = PgdPlan.of(self.config, ascend=True)
-        return pgd(loss, batch.originals, plan, start=start, masks=batch.masks, progress=progress)
+        return pgd(loss, batch.originals, plan, start=start, masks=batch.masks, progress=progress, plateau=plateau)
 
     def _objective(self, images: Tensor, batch: Batch) -> Tensor:
         generators = streams(batch.seeds, "diffusion_guard/evaluation")
@@ -143,17 +141,19 @@ class KeptAreas:
             self._deepest = spread_peaks(self._depth)
             self._boxes = [bounding_box(mask) for mask in batch.masks]
 
-    def draw(self, generators: Sequence[torch.Generator]) -> Tensor:
-        """``(B, 1, H, W)``, 1 = kept; each image's from its own generator."""
+    def draw(self, generators: Sequence[torch.Generator], places: Places | None = None) -> Tensor:
+        """``(B, 1, H, W)``, 1 = kept; each image's from its own generator. With places: of the images there alone."""
         height, width = self._originals.shape[-2:]
         if self._masks is None:
             return torch.stack([_box(height, width, generator) for generator in generators]).to(self._originals)
-        shares = torch.zeros(self._masks.shape)
-        for share, box, generator in zip(shares, self._boxes, generators, strict=True):
-            place = share[box]  # a view
-            place[:] = _field(place.shape[1], place.shape[2], generator)
+        places = list(range(len(self._masks))) if places is None else places
+        shares = torch.zeros(len(places), 1, height, width)
+        for share, place, generator in zip(shares, places, generators, strict=True):
+            inside = share[self._boxes[place]]  # a view
+            inside[:] = _field(inside.shape[1], inside.shape[2], generator)
         # The deepest points of each part stay, because every share is below 1: no part vanishes.
-        return (self._depth > shares.to(self._depth) * self._deepest).to(self._depth)
+        depths = self._depth[places]
+        return (depths > shares.to(depths) * self._deepest[places]).to(depths)
 
 
 def bounding_box(mask: Tensor) -> tuple[slice, slice, slice]:

@@ -10,14 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from protectors.base import Batch, ImageProtector
+from protectors.base import Batch
 from protectors.config import PgdConfig, require
 from protectors.constraints import LEVELS
 from protectors.diffusion import DiffusionModel
 from protectors.mist import fused_loss, pattern_latents
 from protectors.objectives import draw, embed_prompts
-from protectors.pgd import PgdPlan, Progress, pgd, start_of
+from protectors.pgd import PgdPlan, Places, Plateau, Progress, pgd, start_of
 from protectors.randomness import streams
+from protectors.search import PgdProtector
 from protectors.transforms import Transforms
 
 # Window in pixels of the local contrast, and the contrast in 8-bit levels from which on all of the budget may be used.
@@ -75,7 +76,7 @@ class FixativeConfig(PgdConfig):
         )
 
 
-class Fixative(ImageProtector[FixativeConfig, DiffusionModel]):
+class Fixative(PgdProtector[FixativeConfig, DiffusionModel]):
     """Pulls the latents towards a loud pattern, of the image as it is after the attacker has cleaned it.
 
     No paper; its parts are known: Mist's fused loss (https://arxiv.org/abs/2305.12683), expectation over transforms
@@ -116,25 +117,32 @@ class Fixative(ImageProtector[FixativeConfig, DiffusionModel]):
         "strong": FixativeConfig(eps_levels=16.0, steps=300, purified=2),
     }
 
-    @property
-    def steps(self) -> int:
-        return self.config.steps
-
-    def _perturb(self, batch: Batch, progress: Progress | None) -> Tensor:
+    def _climb(self, batch: Batch, progress: Progress | None, plateau: Plateau | None) -> Tensor:
         generators = streams(batch.seeds, "fixative/attack")
         embeddings = embed_prompts(self.model, batch, self.config.prompt)
         target = pattern_latents(self.model, batch.originals, self.config.cell)
         limits = visibility(batch.originals, self.config.flat_share)
 
-        def shaped(images: Tensor) -> Tensor:
-            return batch.originals + limits * (images - batch.originals)
+        def shaped(images: Tensor, places: Places) -> Tensor:
+            originals = batch.originals[places]
+            return originals + limits[places] * (images - originals)
 
-        def loss(images: Tensor, step: int) -> Tensor:
-            return self._loss(shaped(images), target, embeddings, generators)
+        def loss(images: Tensor, places: Places) -> Tensor:
+            active = [generators[place] for place in places]
+            return self._loss(images, target, embeddings[places], active)
 
         plan = PgdPlan.of(self.config, ascend=False, momentum=self.config.momentum)
         start = start_of(self.config, batch.originals, generators)
-        return shaped(pgd(loss, batch.originals, plan, start=start, masks=batch.masks, progress=progress))
+        return pgd(
+            loss,
+            batch.originals,
+            plan,
+            start=start,
+            masks=batch.masks,
+            shown=shaped,
+            progress=progress,
+            plateau=plateau,
+        )
 
     def _objective(self, images: Tensor, batch: Batch) -> Tensor:
         generators = streams(batch.seeds, "fixative/evaluation")

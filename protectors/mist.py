@@ -9,12 +9,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from protectors.base import Batch, ImageProtector
+from protectors.base import Batch
 from protectors.config import PgdConfig, require
 from protectors.diffusion import DiffusionModel
 from protectors.objectives import Draws, draw, embed_prompts, latent_denoising_loss
-from protectors.pgd import PgdPlan, Progress, pgd, start_of
+from protectors.pgd import PgdPlan, Places, Plateau, Progress, pgd, start_of
 from protectors.randomness import streams
+from protectors.search import PgdProtector
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +37,7 @@ class MistConfig(PgdConfig):
         require(self.cell >= 1, "cell", self.cell, "use 1 or more (pixels)")
 
 
-class Mist(ImageProtector[MistConfig, DiffusionModel]):
+class Mist(PgdProtector[MistConfig, DiffusionModel]):
     """Pulls the latents towards those of a loud pattern and at once raises the denoising loss.
 
     "Mist: Towards Improved Adversarial Examples for Diffusion Models", https://arxiv.org/abs/2305.12683, fused
@@ -75,22 +76,18 @@ class Mist(ImageProtector[MistConfig, DiffusionModel]):
         "strong": MistConfig(eps_levels=16.0, step_levels=0.5, steps=300),
     }
 
-    @property
-    def steps(self) -> int:
-        return self.config.steps
-
-    def _perturb(self, batch: Batch, progress: Progress | None) -> Tensor:
+    def _climb(self, batch: Batch, progress: Progress | None, plateau: Plateau | None) -> Tensor:
         generators = streams(batch.seeds, "mist/attack")
         embeddings = embed_prompts(self.model, batch, self.config.prompt)
         target = pattern_latents(self.model, batch.originals, self.config.cell)
         start = start_of(self.config, batch.originals, generators)
 
-        def loss(images: Tensor, step: int) -> Tensor:
-            draws = draw(self.model, images, generators)
-            return self._loss(self.model.encode_moments(images), target, embeddings, draws)
+        def loss(images: Tensor, places: Places) -> Tensor:
+            draws = draw(self.model, images, [generators[place] for place in places])
+            return self._loss(self.model.encode_moments(images), target, embeddings[places], draws)
 
         plan = PgdPlan.of(self.config, ascend=False)
-        return pgd(loss, batch.originals, plan, start=start, masks=batch.masks, progress=progress)
+        return pgd(loss, batch.originals, plan, start=start, masks=batch.masks, progress=progress, plateau=plateau)
 
     def _objective(self, images: Tensor, batch: Batch) -> Tensor:
         generators = streams(batch.seeds, "mist/evaluation")

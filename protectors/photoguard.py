@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from torch import Tensor
 
-from protectors.base import Batch, ImageProtector
-from protectors.config import PgdConfig
+from protectors.base import Batch
+from protectors.config import LATE, PgdConfig, ScheduleName
 from protectors.diffusion import DiffusionModel
 from protectors.objectives import encoder_distance
-from protectors.pgd import PgdPlan, Progress, pgd, start_of
+from protectors.pgd import PgdPlan, Plateau, Progress, pgd, start_of
 from protectors.randomness import streams
+from protectors.search import PgdProtector
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PhotoGuardConfig(PgdConfig):
-    """Fields of ``PgdConfig``; ``step_levels`` is the first step, later ones shrink to 1 % of it.
+    """Fields of ``PgdConfig``. The objective has no random draws, so ``eval_draws`` changes nothing here."""
 
-    The objective has no random draws, so ``eval_draws`` changes nothing here.
-    """
+    # Published: in a line from step_levels down to 1 % of it.
+    schedule: ScheduleName = field(default="linear", metadata=LATE)
 
 
-class PhotoGuard(ImageProtector[PhotoGuardConfig, DiffusionModel]):
+class PhotoGuard(PgdProtector[PhotoGuardConfig, DiffusionModel]):
     """Minimises the norm of the latent mean, so that editors and trainers see an image of nothing.
 
     "Raising the Cost of Malicious AI-Powered Image Editing", https://arxiv.org/abs/2302.06588; the encoder
@@ -63,25 +64,17 @@ class PhotoGuard(ImageProtector[PhotoGuardConfig, DiffusionModel]):
         "strong": PhotoGuardConfig(eps_levels=16.0, step_levels=2.0, steps=300),
     }
 
-    @property
-    def steps(self) -> int:
-        return self.config.steps
-
-    def _perturb(self, batch: Batch, progress: Progress | None) -> Tensor:
+    def _climb(self, batch: Batch, progress: Progress | None, plateau: Plateau | None) -> Tensor:
         start = start_of(self.config, batch.originals, streams(batch.seeds, "photoguard/attack"))
         return pgd(
-            lambda images, step: encoder_distance(self.model, images),
+            lambda images, _: encoder_distance(self.model, images),
             batch.originals,
-            PgdPlan.of(self.config, ascend=False, schedule=decay),
+            PgdPlan.of(self.config, ascend=False),
             start=start,
             masks=batch.masks,
             progress=progress,
+            plateau=plateau,
         )
 
     def _objective(self, images: Tensor, batch: Batch) -> Tensor:
         return -encoder_distance(self.model, images)
-
-
-def decay(step: int, steps: int) -> float:
-    """The published schedule: linear from 1 down to about 1 %."""
-    return 1 - 0.99 * step / steps

@@ -9,11 +9,12 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from protectors.base import Batch, ImageProtector
+from protectors.base import Batch
 from protectors.config import PgdConfig, require
 from protectors.diffusion import DiffusionModel
-from protectors.pgd import PgdPlan, Progress, pgd, uniform_start
+from protectors.pgd import PgdPlan, Places, Plateau, Progress, pgd, uniform_start
 from protectors.randomness import streams
+from protectors.search import PgdProtector
 
 Posterior = tuple[Tensor, Tensor]
 """Unscaled mean and log variance ``(B, C, h, w)``."""
@@ -37,7 +38,7 @@ class PIDConfig(PgdConfig):
         require(self.random_start, "random_start", self.random_start, "use true: at the original the gradient is zero")
 
 
-class PID(ImageProtector[PIDConfig, DiffusionModel]):
+class PID(PgdProtector[PIDConfig, DiffusionModel]):
     """Maximises the distance of the latent posterior from the original's, whatever the prompt.
 
     "PID: Prompt-Independent Data Protection Against Latent Diffusion Models", https://arxiv.org/abs/2406.15305.
@@ -77,15 +78,12 @@ class PID(ImageProtector[PIDConfig, DiffusionModel]):
         "strong": PIDConfig(eps_levels=16.0, step_levels=1.0, steps=300),
     }
 
-    @property
-    def steps(self) -> int:
-        return self.config.steps
-
-    def _perturb(self, batch: Batch, progress: Progress | None) -> Tensor:
+    def _climb(self, batch: Batch, progress: Progress | None, plateau: Plateau | None) -> Tensor:
         generators = streams(batch.seeds, "pid/attack")
-        clean = self._clean(batch)
+        mean, logvar = self._clean(batch)
 
-        def loss(images: Tensor, step: int) -> Tensor:
+        def loss(images: Tensor, places: Places) -> Tensor:
+            clean = mean[places], logvar[places]
             return posterior_distance(self.model.encode_moments(images), clean, self.config.target)
 
         return pgd(
@@ -95,6 +93,7 @@ class PID(ImageProtector[PIDConfig, DiffusionModel]):
             start=uniform_start(batch.originals, self.config.eps_levels, generators),
             masks=batch.masks,
             progress=progress,
+            plateau=plateau,
         )
 
     def _objective(self, images: Tensor, batch: Batch) -> Tensor:

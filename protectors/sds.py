@@ -9,13 +9,14 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from protectors.base import Batch, ImageProtector
+from protectors.base import Batch
 from protectors.config import PgdConfig, require
 from protectors.diffusion import DiffusionModel
 from protectors.mist import pattern_latents
 from protectors.objectives import Draws, draw, embed_prompts
-from protectors.pgd import PgdPlan, Progress, pgd, start_of
+from protectors.pgd import PgdPlan, Places, Plateau, Progress, pgd, start_of
 from protectors.randomness import streams
+from protectors.search import PgdProtector
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +41,7 @@ class SDSConfig(PgdConfig):
         require(self.cell >= 1, "cell", self.cell, "use 1 or more (pixels)")
 
 
-class SDS(ImageProtector[SDSConfig, DiffusionModel]):
+class SDS(PgdProtector[SDSConfig, DiffusionModel]):
     """Follows the score distillation gradient, which needs no backward pass through the UNet.
 
     "Toward effective protection against diffusion-based mimicry through score distillation",
@@ -81,25 +82,21 @@ class SDS(ImageProtector[SDSConfig, DiffusionModel]):
         "strong": SDSConfig(eps_levels=16.0, step_levels=0.5, steps=300),
     }
 
-    @property
-    def steps(self) -> int:
-        return self.config.steps
-
-    def _perturb(self, batch: Batch, progress: Progress | None) -> Tensor:
+    def _climb(self, batch: Batch, progress: Progress | None, plateau: Plateau | None) -> Tensor:
         generators = streams(batch.seeds, "sds/attack")
         embeddings = embed_prompts(self.model, batch, self.config.prompt)
         target = self._target(batch.originals)
         start = start_of(self.config, batch.originals, generators)
 
-        def loss(images: Tensor, step: int) -> Tensor:
-            draws = draw(self.model, images, generators)
+        def loss(images: Tensor, places: Places) -> Tensor:
+            draws = draw(self.model, images, [generators[place] for place in places])
             latents = self.model.latents(self.model.encode_moments(images), draws.posterior)
-            score = self._direction * noise_error(self.model, latents.detach(), embeddings, draws)
+            score = self._direction * noise_error(self.model, latents.detach(), embeddings[places], draws)
             # Its gradient by the latents is score - 2 w (z - z_y): one backward pass through the encoder for both.
             return self._less_distance(score * latents, latents, target).flatten(1).sum(1)
 
         plan = PgdPlan.of(self.config, ascend=True)
-        return pgd(loss, batch.originals, plan, start=start, masks=batch.masks, progress=progress)
+        return pgd(loss, batch.originals, plan, start=start, masks=batch.masks, progress=progress, plateau=plateau)
 
     def _objective(self, images: Tensor, batch: Batch) -> Tensor:
         generators = streams(batch.seeds, "sds/evaluation")

@@ -12,7 +12,8 @@ from protectors.advdm import AdvDM, AdvDMConfig
 from protectors.diffusion import DiffusionModel, load_model
 from protectors.mist import Mist, MistConfig, checkerboard
 from protectors.objectives import Draws, draw_for
-from protectors.photoguard import PhotoGuard, PhotoGuardConfig, decay
+from protectors.pgd import SCHEDULES
+from protectors.photoguard import PhotoGuard, PhotoGuardConfig
 from tests.protectors.tiny import save_tiny_model
 
 
@@ -43,10 +44,10 @@ def test_paper_presets_convert_the_published_numbers() -> None:
     assert mist.denoising_weight == pytest.approx(1e4 / (4 * 64 * 64), abs=1e-3)  # a sum over SD's latents, as a mean
 
 
-def test_photoguard_step_decay() -> None:
-    assert decay(0, 1000) == 1
-    assert decay(999, 1000) == pytest.approx(0.011, abs=1e-3)
-    assert all(decay(k, 10) > decay(k + 1, 10) for k in range(9))
+def test_photoguard_steps_shrink_to_a_hundredth() -> None:
+    schedule = SCHEDULES[PhotoGuard.presets["paper"].schedule]
+    assert schedule(0, 1000) == 1
+    assert schedule(999, 1000) == pytest.approx(0.011, abs=1e-3)
 
 
 def test_photoguard_without_random_start_ignores_the_seed(model: DiffusionModel) -> None:

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import itertools
+
+import pytest
 import torch
 from torch import Tensor
 
 from protectors.constraints import LEVELS
-from protectors.pgd import PgdPlan, pgd, repaired, uniform_start
+from protectors.pgd import SCHEDULES, PgdPlan, Places, Plateau, pgd, repaired, uniform_start
 from protectors.randomness import normal, streams
 
 
@@ -12,7 +15,7 @@ def plan(*, ascend: bool = True, eps: float = 4.0, step: float = 1.0, steps: int
     return PgdPlan(eps_levels=eps, step_levels=step, steps=steps, ascend=ascend)
 
 
-def brightness(images: Tensor, step: int) -> Tensor:
+def brightness(images: Tensor, places: Places) -> Tensor:
     return images.flatten(1).sum(1)
 
 
@@ -92,11 +95,13 @@ def test_streams_depend_on_all_bits_and_on_the_purpose() -> None:
 def test_momentum_outlives_a_gradient_that_turns_around() -> None:
     originals = torch.full((2, 3, 4, 4), 0.5)
 
-    def loss(images: Tensor, step: int) -> Tensor:
-        weights = torch.tensor([1.0, 100.0]) * (-0.5 if step % 2 else 1.0)  # the scale of a loss does not count
-        return weights * images.flatten(1).sum(1)
-
     def run(momentum: float) -> Tensor:
+        factors = itertools.cycle([1.0, -0.5])
+
+        def loss(images: Tensor, places: Places) -> Tensor:
+            weights = torch.tensor([1.0, 100.0]) * next(factors)  # the scale of a loss does not count
+            return weights * images.flatten(1).sum(1)
+
         plan = PgdPlan(eps_levels=8, step_levels=1, steps=4, ascend=True, momentum=momentum)
         return (pgd(loss, originals, plan) - originals) * 255
 
@@ -108,3 +113,84 @@ def test_momentum_stands_still_where_there_is_no_gradient() -> None:
     originals = torch.full((1, 3, 4, 4), 0.5)
     plan = PgdPlan(eps_levels=8, step_levels=1, steps=3, ascend=True, momentum=0.9)
     assert torch.equal(pgd(lambda images, step: 0 * images.flatten(1).sum(1), originals, plan), originals)
+
+
+def test_schedules_begin_at_one_and_fall() -> None:
+    factors = {name: [schedule(step, 50) for step in range(50)] for name, schedule in SCHEDULES.items()}
+    assert {values[0] for values in factors.values()} == {1.0}
+    assert set(factors["constant"]) == {1.0}
+    for name in ("linear", "cosine"):
+        assert all(later < sooner for sooner, later in itertools.pairwise(factors[name]))
+        assert 0 < factors[name][-1] < 0.03
+    assert factors["linear"][25] == pytest.approx(factors["cosine"][25], abs=0.01)
+    assert factors["linear"][10] < factors["cosine"][10]
+
+
+GOALS = torch.tensor([2.0, 40.0, 9.0]) / LEVELS
+
+
+def towards_goals(images: Tensor, places: Places) -> Tensor:
+    """Minus the distance of each image's first half from a brightness of its own, which images 0 and 2 reach soon."""
+    goals = 0.5 + GOALS[places].view(-1, 1, 1, 1)
+    return -(images[:, :, :2] - goals).abs().flatten(1).mean(1)
+
+
+def test_images_stop_one_by_one_at_what_as_many_steps_alone_give() -> None:
+    originals = torch.full((3, 3, 4, 4), 0.5)
+    start = uniform_start(originals, 0.5, streams([1, 2, 3], "test"))
+    long = PgdPlan(eps_levels=64, step_levels=1, steps=30, ascend=True, momentum=0.5)
+    seen: list[Places] = []
+
+    def loss(images: Tensor, places: Places) -> Tensor:
+        assert len(images) == len(places)
+        seen.append(places)
+        return towards_goals(images, places)
+
+    calls: list[tuple[int, int]] = []
+    plateau = Plateau(4, towards_goals)
+    images = pgd(loss, originals, long, start=start, plateau=plateau, progress=lambda *call: calls.append(call))
+    steps = [plateau.stopped.get(place, 30) for place in range(3)]
+    assert plateau.stopped.keys() == {0, 2}
+    assert 8 <= steps[0] < steps[2] < 30
+    # Only images that are on their way are seen, each as often as it takes steps.
+    assert [sum(place in places for places in seen) for place in range(3)] == steps
+    assert calls == [(step + 1, 30) for step in range(30)]
+    for place, taken in enumerate(steps):
+        alone = PgdPlan(eps_levels=64, step_levels=1, steps=taken, ascend=True, momentum=0.5)
+        one = slice(place, place + 1)
+        expected = pgd(lambda x, _, p=place: towards_goals(x, [p]), originals[one], alone, start=start[one])
+        assert torch.equal(images[one], expected)
+
+
+def test_when_all_have_stopped_the_progress_is_at_its_end() -> None:
+    originals = torch.full((3, 3, 4, 4), 0.5)
+    calls: list[tuple[int, int]] = []
+    plateau = Plateau(2, lambda images, places: torch.zeros(len(places)))
+    pgd(brightness, originals, plan(steps=50), plateau=plateau, progress=lambda *call: calls.append(call))
+    assert plateau.stopped == {0: 4, 1: 4, 2: 4}
+    assert calls == [(1, 50), (2, 50), (3, 50), (4, 50), (50, 50)]
+
+
+def test_an_even_pace_is_no_plateau_and_a_broken_image_stops() -> None:
+    originals = torch.full((2, 3, 4, 4), 0.5)
+    broken = torch.tensor([1.0, torch.nan])
+    plateau = Plateau(1, lambda images, places: brightness(images, places))
+    images = pgd(
+        lambda x, places: brightness(x, places) * broken[places], originals, plan(eps=64, steps=50), plateau=plateau
+    )
+    assert plateau.stopped == {1: 2}
+    torch.testing.assert_close(images[0], originals[0] + 50 / LEVELS)
+    assert images[1].isnan().all()
+
+
+def test_loss_plateau_and_result_are_of_the_images_as_they_are_shown() -> None:
+    originals = torch.full((1, 3, 4, 4), 0.5)
+    seen: list[Tensor] = []
+
+    def keep(images: Tensor, places: Places) -> Tensor:
+        seen.append(images.detach())
+        return brightness(images, places)
+
+    images = pgd(keep, originals, plan(steps=1), shown=lambda x, _: x - 0.25, plateau=Plateau(1, keep))
+    assert [float(each.mean()) for each in seen] == [0.25, 0.25]
+    torch.testing.assert_close(images, originals - 0.25 + 1 / LEVELS)
