@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -26,9 +25,11 @@ from protectors.diffusion_guard import (
 )
 from protectors.inpainting import InpaintingModel, load_inpainting_model
 from protectors.model_files import ModelError
-from protectors.pgd import Loss, PgdPlan
 from protectors.randomness import normal, streams
+from tests.protectors.spies import attack_loss
 from tests.protectors.tiny import save_tiny_inpainting_model, save_tiny_model
+
+SHORT = DiffusionGuardConfig(eval_draws=1)
 
 
 @pytest.fixture(scope="module")
@@ -59,26 +60,11 @@ def batch_of(images: Tensor, masks: Tensor | None) -> Batch:
     return Batch(originals=images, seeds=tuple(range(len(images))), masks=masks)
 
 
-def attack_loss(model: InpaintingModel, images: Tensor, masks: Tensor | None, patch: pytest.MonkeyPatch) -> Loss:
-    """The loss that the method hands to the loop; its draws are those of seeds 5 and 6."""
-    seen: list[Loss] = []
-
-    def spy(loss: Loss, originals: Tensor, plan: PgdPlan, **others: Any) -> Tensor:
-        assert plan.ascend
-        assert others["start"] is None
-        seen.append(loss)
-        return originals
-
-    patch.setattr("protectors.diffusion_guard.pgd", spy)
-    DiffusionGuard(DiffusionGuardConfig(eval_draws=1), model).protect(images, masks=masks, seeds=[5, 6])
-    return seen[0]
-
-
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 def test_loss(kind: str, images: Tensor, masks: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """|| eps(z_T, 751, [m', E(blanked x)]) ||_2 in float64; only the networks and the draws are shared."""
     model = load_inpainting_model(str(save_tiny_inpainting_model(tmp_path / kind, prediction_type=kind)))
-    loss = attack_loss(model, images, masks, monkeypatch)
+    loss = attack_loss(DiffusionGuard(SHORT, model), images, monkeypatch, masks)
     with torch.no_grad():
         values = loss(images, 0)
     generators = streams([5, 6], "diffusion_guard/attack")
@@ -121,7 +107,7 @@ def test_every_step_starts_from_new_noise_alone(
         calls.append((noisy, t))
         return predict(noisy, condition, t, embeddings)
 
-    loss = attack_loss(model, images, None, monkeypatch)
+    loss = attack_loss(DiffusionGuard(SHORT, model), images, monkeypatch)
     monkeypatch.setattr(model, "predict", spy)
     loss(images, 0)
     loss(images * 0.5, 1)
@@ -137,7 +123,7 @@ def test_every_step_starts_from_new_noise_alone(
 def test_no_gradient_where_the_attacker_repaints(
     model: InpaintingModel, images: Tensor, masks: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loss = attack_loss(model, images, masks, monkeypatch)
+    loss = attack_loss(DiffusionGuard(SHORT, model), images, monkeypatch, masks)
     kept = KeptAreas(batch_of(images, masks)).draw(streams([5, 6], "diffusion_guard/attack"))
     given = images.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(loss(given, 0).sum(), given)

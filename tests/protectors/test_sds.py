@@ -13,9 +13,9 @@ from torch import Tensor
 from protectors.diffusion import DiffusionModel, load_model
 from protectors.mist import checkerboard
 from protectors.objectives import Draws, draw
-from protectors.pgd import Loss, PgdPlan
 from protectors.randomness import streams
 from protectors.sds import SDS, SDSConfig, noise_error
+from tests.protectors.spies import attack_loss
 from tests.protectors.tiny import save_tiny_model
 
 
@@ -50,21 +50,6 @@ class Exact:
         return (a.sqrt() * output + (1 - a).sqrt() * noisy if self.predicts_v else output) - n
 
 
-def attack_loss(config: SDSConfig, model: DiffusionModel, images: Tensor, monkeypatch: pytest.MonkeyPatch) -> Loss:
-    """The loss that the method hands to the loop; its draws are those of seeds 5 and 6."""
-    seen: list[Loss] = []
-
-    def spy(loss: Loss, originals: Tensor, plan: PgdPlan, **others: Any) -> Tensor:
-        assert plan.ascend
-        assert others["start"] is None
-        seen.append(loss)
-        return originals
-
-    monkeypatch.setattr("protectors.sds.pgd", spy)
-    SDS(config, model).protect(images, seeds=[5, 6])
-    return seen[0]
-
-
 @pytest.mark.parametrize(("sign", "direction"), [("-", -1), ("+", 1)])
 @pytest.mark.parametrize("weight", [0.0, 0.2])
 def test_gradient(
@@ -72,7 +57,7 @@ def test_gradient(
 ) -> None:
     """s J_E^T (eps - n) - w grad || z - z_y ||^2, the two terms back-propagated apart."""
     config = SDSConfig.from_dict({"sign": sign, "target_weight": weight, "eval_draws": 1})
-    loss = attack_loss(config, model, images, monkeypatch)
+    loss = attack_loss(SDS(config, model), images, monkeypatch)
     given = images.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(loss(given, 0).sum(), given)
 
@@ -134,7 +119,7 @@ def test_signs_go_opposite_ways_from_the_original(model: DiffusionModel, images:
 def test_unet_has_no_graph_and_the_encoder_runs_once_a_step(
     model: DiffusionModel, images: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loss = attack_loss(SDSConfig(target_weight=0.2, eval_draws=1), model, images, monkeypatch)
+    loss = attack_loss(SDS(SDSConfig(target_weight=0.2, eval_draws=1), model), images, monkeypatch)
     graphs: list[bool] = []
     encodings: list[Tensor] = []
     predict, encode = model.predict, model.encode_moments
