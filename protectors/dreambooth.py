@@ -22,6 +22,9 @@ from protectors.surrogate import SurrogateKind, Surrogates, subject_seeds
 _SAMPLING_STEPS = 50
 _GUIDANCE = 7.5
 _SAMPLED_TOGETHER = 8
+# Prompts per model whose class images are kept: an archive can bring one caption per image. 200 class images of SD take
+# 13 MB.
+_KEPT = 16
 
 Moments = tuple[Tensor, Tensor]
 ClassLatents = Mapping[str, Tensor]
@@ -82,7 +85,8 @@ class DreamBooth:
         surrogates: one per group of the batch, in the order of ``batch.groups``.
         batch: the subjects' images, places and prompts.
         config: batch size, rate, clipping, prompts.
-        class_latents: ``(N, C, h, w)`` on the model's device; None trains without class images.
+        class_latents: ``(prior_images, C, h, w)`` on the model's device for every class prompt of the batch; None
+            trains without class images.
     """
 
     def __init__(
@@ -219,11 +223,14 @@ _drawn: WeakKeyDictionary[DiffusionModel, dict[tuple[str, int], Tensor]] = WeakK
 
 
 def class_latents(model: DiffusionModel, prompt: str, count: int) -> Tensor:
-    """``draw_class_latents``, drawn once for as long as the model lives; on its device."""
-    known = _drawn.setdefault(model, {})
-    if (prompt, count) not in known:
-        known[prompt, count] = draw_class_latents(model, prompt, count).cpu()
-    return known[prompt, count].to(model.device)
+    """``draw_class_latents``, not drawn again for the last few prompts of a model; on its device."""
+    known, key = _drawn.setdefault(model, {}), (prompt, count)
+    # Put back at the end: the first one is the one that was not asked for the longest.
+    latents = known.pop(key) if key in known else draw_class_latents(model, prompt, count).cpu()
+    known[key] = latents
+    if len(known) > _KEPT:
+        known.pop(next(iter(known)))
+    return latents.to(model.device)
 
 
 @torch.no_grad()

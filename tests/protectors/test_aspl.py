@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import pytest
 import torch
@@ -14,7 +15,14 @@ from torch import Tensor
 from protectors.aspl import ASPL, ASPLConfig
 from protectors.base import Batch
 from protectors.diffusion import DiffusionModel, load_model
-from protectors.dreambooth import DreamBooth, class_latents, class_prompts, draw_class_latents, instance_prompts
+from protectors.dreambooth import (
+    ClassLatents,
+    DreamBooth,
+    class_latents,
+    class_prompts,
+    draw_class_latents,
+    instance_prompts,
+)
 from protectors.fsmg import FSMG, FSMGConfig
 from protectors.metacloak import MetaCloak, MetaCloakConfig
 from protectors.model_files import ModelError
@@ -45,7 +53,11 @@ def batch_of(groups: tuple[tuple[int, ...], ...], prompts: tuple[str, ...] | Non
 
 
 def school_of(
-    model: DiffusionModel, surrogates: Surrogates, batch: Batch, class_latents: Tensor | None = None, **changes: Any
+    model: DiffusionModel,
+    surrogates: Surrogates,
+    batch: Batch,
+    class_latents: ClassLatents | None = None,
+    **changes: Any,
 ) -> DreamBooth:
     return DreamBooth(surrogates, batch, ASPLConfig(**changes), class_latents)
 
@@ -224,6 +236,23 @@ def test_class_latents_are_drawn_once_and_by_the_untrained_model(
     assert len(drawn) == 2
     without = ASPL(config.replace(prior_images=0), model).protect(pictures(1), seeds=[1])
     assert not torch.equal(first.images, without.images)
+
+
+def test_few_class_latents_are_kept(model: DiffusionModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[str] = []
+
+    def draw(model: DiffusionModel, prompt: str, count: int) -> Tensor:
+        drawn.append(prompt)
+        return torch.full((count, 4, 2, 2), float(len(drawn)))
+
+    monkeypatch.setattr("protectors.dreambooth.draw_class_latents", draw)
+    monkeypatch.setattr("protectors.dreambooth._KEPT", 2)
+    monkeypatch.setattr("protectors.dreambooth._drawn", WeakKeyDictionary())
+    for prompt in ("one", "two", "one", "three", "one"):
+        class_latents(model, prompt, 1)
+    assert drawn == ["one", "two", "three"]  # a third prompt drives out the one that was not asked for the longest
+    assert class_latents(model, "one", 1).unique() == 1
+    assert class_latents(model, "two", 1).unique() == 4
 
 
 def test_class_latents_follow_the_samplers_equations(model: DiffusionModel, monkeypatch: pytest.MonkeyPatch) -> None:
