@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -173,7 +174,7 @@ def method(console: Console, name: str) -> None:
         raise UserError(str(error)) from error
     console.print(inspect.cleandoc(chosen.__doc__ or ""), markup=False, highlight=False)
     table = Table("setting", *chosen.presets, title=f"Presets of {name}, version {chosen.version}")
-    values = [config.to_dict() for config in chosen.presets.values()]
+    values = [asdict(config) for config in chosen.presets.values()]
     for field in values[0]:
         table.add_row(field, *(str(preset[field]) for preset in values))
     console.print(table)
