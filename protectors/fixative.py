@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -28,18 +29,17 @@ _FULL_CONTRAST = 12.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FixativeConfig(PgdConfig):
-    """Fields of ``PgdConfig``, the terms of the loss, what copies of the image go through, and how a change looks."""
+    """Fields of ``PgdConfig``, the terms of the loss, what the image goes through, and how a change looks."""
 
     # Weight of the denoising loss beside the distance of the latents; both are means over latent elements. On nano-sd
     # Mist's 0.61 changed nothing that survives, and costs a UNet pass per copy.
     denoising_weight: float = 0.0
     # Side in pixels of one square of the pattern that the latents are pulled to, as in Mist.
     cell: int = 4
-    # Copies of the image per step that pass transforms and then the VAE to pixels and back, as in purifiers of the
-    # latent kind; time grows in proportion.
-    purified: int = 1
-    # Copies that pass transforms alone. Their gradient is the larger one and drowns that of the purified copies.
-    processed: int = 0
+    # One step of this many sees the image after transforms and then the VAE to pixels and back, as purifiers of the
+    # latent kind leave it; the others see it after transforms alone. In one sum of both losses the gradient of the
+    # second kind drowns the first; momentum adds steps at equal size.
+    purify_every: int = 2
     # Probability of each transform, and how far it goes; see ``Transforms``.
     chance: float = 0.7
     resize_low: float = 0.5
@@ -49,7 +49,7 @@ class FixativeConfig(PgdConfig):
     # Share of the steps before in the direction of a step.
     momentum: float = 0.9
     # Share of the budget in areas without any contrast; 1 treats all areas alike.
-    flat_share: float = 1.0
+    flat_share: float = 0.6
     # Text for images that come without one.
     prompt: str = "a photo"
 
@@ -57,16 +57,14 @@ class FixativeConfig(PgdConfig):
         PgdConfig.check(self)
         require(self.denoising_weight >= 0, "denoising_weight", self.denoising_weight, "use 0 or more")
         require(self.cell >= 1, "cell", self.cell, "use 1 or more (pixels)")
-        for field in ("processed", "purified"):
-            require(getattr(self, field) >= 0, field, getattr(self, field), "use 0 or more")
-        require(self.processed + self.purified > 0, "processed", self.processed, "use 1 or more, or purified copies")
+        require(self.purify_every >= 1, "purify_every", self.purify_every, "use 1 (all steps) or more")
         require(0 <= self.momentum < 1, "momentum", self.momentum, "use 0 to less than 1")
         require(0 < self.flat_share <= 1, "flat_share", self.flat_share, "use more than 0, at most 1 (no shaping)")
         _ = self.transforms  # refuses values that cannot work
 
     @property
     def transforms(self) -> Transforms:
-        """What a copy goes through."""
+        """What the image goes through in every step."""
         return Transforms(
             chance=self.chance,
             resize_low=self.resize_low,
@@ -81,10 +79,10 @@ class Fixative(PgdProtector[FixativeConfig, DiffusionModel]):
 
     No paper; its parts are known: Mist's fused loss (https://arxiv.org/abs/2305.12683), expectation over transforms
     (https://arxiv.org/abs/1707.07397), momentum (https://arxiv.org/abs/1710.06081). J = E over T of mean (z(D(E(T(x))))
-    - z(y))^2, minimised: T are random resampling, blur, noise, JPEG, and D(E(.)) is the VAE to pixels and back, which
-    purifiers of the latent kind begin and end with. Mist's term, - lambda || eps_theta(z_t, t, c) - n ||^2, can be
-    added, and copies without D(E(.)). With ``flat_share`` below 1 a change uses less of the budget where the image is
-    flat, and an eye would see it first.
+    - z(y))^2 in one step of ``purify_every``, without D(E(.)) in the others, minimised: T are random resampling, blur,
+    noise, JPEG, and D(E(.)) is the VAE to pixels and back, which purifiers of the latent kind begin and end with.
+    Mist's term, - lambda || eps_theta(z_t, t, c) - n ||^2, can be added. With ``flat_share`` below 1 a change uses less
+    of the budget where the image is flat, and an eye would see it first.
 
     Distance: l_inf, ``config.eps_levels`` 8-bit levels of the saved pixels.
 
@@ -101,20 +99,20 @@ class Fixative(PgdProtector[FixativeConfig, DiffusionModel]):
     Raises:
         ValueError: bad input or configuration. ModelError: the model is no ``DiffusionModel``.
 
-    Cost: per step and purified copy two encoder passes and one of the decoder, forward and backward; a processed copy
-        takes one of the encoder. The denoising term adds a pass of the UNet to each.
+    Cost: per step one encoder pass, forward and backward; one step of ``purify_every`` takes another and one of the
+        decoder. The denoising term adds a pass of the UNet.
 
     Differs from the paper: there is none.
     """
 
     name = "fixative"
-    version = "1"
+    version = "2"
     config_type = FixativeConfig
     model_type = DiffusionModel
     presets: ClassVar[Mapping[str, FixativeConfig]] = {
         "paper": FixativeConfig(steps=100),
         "fast": FixativeConfig(steps=30),
-        "strong": FixativeConfig(eps_levels=16.0, steps=300, purified=2),
+        "strong": FixativeConfig(eps_levels=16.0, steps=300),
     }
 
     def _climb(self, batch: Batch, progress: Progress | None, plateau: Plateau | None) -> Tensor:
@@ -127,9 +125,11 @@ class Fixative(PgdProtector[FixativeConfig, DiffusionModel]):
             originals = batch.originals[places]
             return originals + limits[places] * (images - originals)
 
+        purify = self._purify()
+
         def loss(images: Tensor, places: Places) -> Tensor:
             active = [generators[place] for place in places]
-            return self._loss(images, target, embeddings[places], active)
+            return self._loss(images, target, embeddings[places], active, purify=next(purify))
 
         plan = PgdPlan.of(self.config, ascend=False, momentum=self.config.momentum)
         start = start_of(self.config, batch.originals, generators)
@@ -148,24 +148,29 @@ class Fixative(PgdProtector[FixativeConfig, DiffusionModel]):
         generators = streams(batch.seeds, "fixative/evaluation")
         embeddings = embed_prompts(self.model, batch, self.config.prompt)
         target = pattern_latents(self.model, images, self.config.cell)
-        losses = [self._loss(images, target, embeddings, generators) for _ in range(self.config.eval_draws)]
+        purify = itertools.islice(self._purify(), self.config.eval_draws)
+        losses = [self._loss(images, target, embeddings, generators, purify=each) for each in purify]
         return -torch.stack(losses).mean(0)
 
+    def _purify(self) -> Iterator[bool]:
+        """Step by step, whether it sees the image after the VAE."""
+        return itertools.cycle([True] + [False] * (self.config.purify_every - 1))
+
     def _loss(
-        self, images: Tensor, target: Tensor, embeddings: Tensor, generators: Sequence[torch.Generator]
+        self,
+        images: Tensor,
+        target: Tensor,
+        embeddings: Tensor,
+        generators: Sequence[torch.Generator],
+        *,
+        purify: bool,
     ) -> Tensor:
-        """Mean over copies of distance - lambda * denoising loss."""
-        copies = self.config.processed + self.config.purified
-        total = torch.zeros(len(images), device=images.device)
-        for copy in range(copies):
-            picture = self.config.transforms.draw(images, generators)(images)
-            if copy >= self.config.processed:
-                picture = round_trip(self.model, picture)
-            draws = draw(self.model, images, generators)
-            latents = self.model.latents(self.model.encode_moments(picture), draws.posterior)
-            weight = self.config.denoising_weight
-            total = total + fused_loss(self.model, latents, target, embeddings, draws, weight=weight)
-        return total / copies
+        picture = self.config.transforms.draw(images, generators)(images)
+        if purify:
+            picture = round_trip(self.model, picture)
+        draws = draw(self.model, images, generators)
+        latents = self.model.latents(self.model.encode_moments(picture), draws.posterior)
+        return fused_loss(self.model, latents, target, embeddings, draws, weight=self.config.denoising_weight)
 
 
 def round_trip(model: DiffusionModel, images: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The method of our own: its loss, the copies it is taken over, and where the change goes."""
+"""The method of our own: its loss, which steps pass the VAE, and where the change goes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from protectors.diffusion import DiffusionModel, load_model
 from protectors.fixative import Fixative, FixativeConfig, round_trip, visibility
 from tests.protectors.tiny import save_tiny_model
 
-PLAIN = {"chance": 0.0, "processed": 1, "purified": 0, "momentum": 0.0, "steps": 3, "eval_draws": 2}
+PLAIN = {"chance": 0.0, "momentum": 0.0, "steps": 5, "eval_draws": 4}
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def test_without_transforms_the_loss_is_distance_less_denoising(model: Diffusion
     embeddings = model.embed_prompts(["a photo"] * 2)
     for weight in (0.0, 0.61):
         generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
-        ours = protector(model, denoising_weight=weight)._loss(images, target, embeddings, generators)
+        ours = protector(model, denoising_weight=weight)._loss(images, target, embeddings, generators, purify=False)
         moments = model.encode_moments(images)
         mean, logvar = (part.double() for part in moments)
         generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
@@ -58,8 +58,9 @@ def test_without_transforms_the_loss_is_distance_less_denoising(model: Diffusion
         torch.testing.assert_close(ours.double(), expected, rtol=1e-4, atol=1e-6)
 
 
-def test_copies_are_averaged_and_purified_ones_pass_the_vae(
-    model: DiffusionModel, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("every", "of_five_steps", "of_four_draws"), [(1, 5, 4), (2, 3, 2), (3, 2, 2)])
+def test_one_step_of_so_many_passes_the_vae(
+    model: DiffusionModel, monkeypatch: pytest.MonkeyPatch, every: int, of_five_steps: int, of_four_draws: int
 ) -> None:
     passed: list[int] = []
 
@@ -68,17 +69,21 @@ def test_copies_are_averaged_and_purified_ones_pass_the_vae(
         return round_trip(model, images)
 
     monkeypatch.setattr("protectors.fixative.round_trip", counted)
+    protector(model, purify_every=every).protect(picture(), seeds=[1])
+    assert len(passed) == of_five_steps + 2 * of_four_draws  # the objective is taken before and after
+
+
+def test_a_step_that_passes_the_vae_has_the_loss_of_what_the_vae_returns(model: DiffusionModel) -> None:
     images = picture()
     target, embeddings = torch.zeros(1, *model.latent_shape(images)), model.embed_prompts(["a photo"])
-    settings = {"denoising_weight": 0.0}
-    values = {}
-    for processed, purified in ((1, 0), (0, 1), (1, 1)):
-        method = protector(model, processed=processed, purified=purified, **settings)
-        values[processed, purified] = method._loss(images, target, embeddings, [torch.Generator().manual_seed(1)])
-    assert passed == [1, 1]
-    assert values[1, 0] != values[0, 1]
-    # Other posterior draws, which hardly count: the mean of both.
-    torch.testing.assert_close(values[1, 1], (values[1, 0] + values[0, 1]) / 2, rtol=0.2, atol=0)
+    method = protector(model)
+    with torch.no_grad():
+        purified, of_purified, plain = (
+            method._loss(pictures, target, embeddings, [torch.Generator().manual_seed(1)], purify=purify)
+            for pictures, purify in ((images, True), (round_trip(model, images), False), (images, False))
+        )
+    torch.testing.assert_close(purified, of_purified)
+    assert plain != purified
 
 
 def test_round_trip_is_the_vae_and_has_a_gradient(model: DiffusionModel) -> None:
@@ -107,7 +112,7 @@ def test_flat_areas_get_their_share_of_the_budget(model: DiffusionModel) -> None
 
 @pytest.mark.parametrize(
     "settings",
-    [{"processed": 0, "purified": 0}, {"flat_share": 0.0}, {"momentum": 1.0}, {"jpeg_low": 0}, {"resize_low": 0.01}],
+    [{"purify_every": 0}, {"flat_share": 0.0}, {"momentum": 1.0}, {"jpeg_low": 0}, {"resize_low": 0.01}],
 )
 def test_values_that_cannot_work_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="|".join(settings)):
