@@ -13,8 +13,19 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from flows import attack, compare, models, show
-from flows.options import ARCHIVE, METHOD, OUTPUT, RUN, S3Endpoint, S3Profile, S3Region, option
+from flows import attack, compare, measure, models, show
+from flows.options import (
+    ARCHIVE,
+    METHOD,
+    OUTPUT,
+    RUN,
+    Metrics,
+    S3Endpoint,
+    S3Profile,
+    S3Region,
+    metrics_asked,
+    option,
+)
 from flows.settings import job_config, overrides_of, settings
 from pipeline.config import JobConfig, S3Settings, VerifyConfig
 from pipeline.errors import PipelineError, UserError
@@ -37,6 +48,7 @@ app = typer.Typer(
 app.add_typer(models.app, name="models")
 app.add_typer(attack.app, name="attack")
 app.add_typer(compare.app)
+app.add_typer(measure.app)
 console = show.terminal()
 errors = Console(stderr=True)
 
@@ -225,6 +237,7 @@ def verify(
         list[str] | None, typer.Option("--editor", "-e", help="Repeatable. [default: sdedit-0.5-quick]")
     ] = None,
     attack_model: attack.Models = None,
+    metric: Metrics = None,
     subject_column: Annotated[str | None, typer.Option("--subject-column", help="Names each image's subject.")] = None,
     class_column: Annotated[str | None, typer.Option("--class-column", help='Names its class, e.g. "dog".')] = None,
     out: Annotated[
@@ -260,6 +273,7 @@ def verify(
         "attack.customizer_preset": preset,
         "attack.editors": editor,
         "attack.models": attack.kinds(attack_model) or None,
+        "attack.metrics": metrics_asked(metric) or None,
         "attack.subject_column": subject_column,
         "attack.class_column": class_column,
         "run.actors": actors,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
@@ -13,6 +14,22 @@ def option(*names: str, panel: str, help: str) -> Any:
     """An option that an environment variable FIXATIVE_NAME can give as well."""
     envvar = "FIXATIVE_" + names[0].lstrip("-").upper().replace("-", "_")
     return typer.Option(*names, rich_help_panel=panel, help=help, envvar=envvar)
+
+
+Metrics = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--metric",
+        help="A further metric, its weights from this machine; repeatable. dino=FOLDER, clip=FOLDER (of transformers), "
+        "lpips=FOLDER (AlexNet), or faces (pip install 'fixative\\[faces]').",
+    ),
+]
+
+
+def metrics_asked(given: Sequence[str] | None) -> dict[str, str]:
+    """--metric options as a mapping: folder by name, "installed" where none is given."""
+    pairs = [text.partition("=") for text in given or ()]
+    return {name: folder or "installed" for name, _, folder in pairs}
 
 
 S3Endpoint = Annotated[str | None, option("--s3-endpoint", panel=STORE, help="URL of an S3 service other than AWS.")]

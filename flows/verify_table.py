@@ -14,6 +14,7 @@ def verdicts(document: Mapping[str, Any]) -> list[dict[str, Any]]:
             rows.append(
                 {
                     "attack": table["attack"],
+                    "metric": table["question"]["metric"],
                     "purifier": row["purifier"],
                     "state": table["state"] if row["state"] == "measured" else row["state"],
                     "clean": _rounded(row["clean"]),

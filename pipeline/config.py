@@ -221,6 +221,8 @@ class AttackSettings(_Settings):
     class_column: str | None = None
     # The attacker's checkpoints by kind (latent, pixel, upscaler, ...): folders or hub ids; else the embedded ones.
     models: dict[str, str] = Field(default_factory=dict)
+    # Metrics beside those that need no weights: a folder by name (dino, clip, lpips), or "installed" (faces).
+    metrics: dict[str, str] = Field(default_factory=dict)
     # Changes which groups and images are chosen.
     salt: str = ""
     seed: Annotated[int, Field(ge=0)] = 0

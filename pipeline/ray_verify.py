@@ -39,6 +39,9 @@ class Attacks:
         yield from each(batch, self._one)
 
     def _one(self, trial: Trial | EditTrial) -> Iterator[TrialResult]:
-        result = run_edit_trial(trial, self.bench.models) if isinstance(trial, EditTrial) else self.bench.run(trial)
+        if isinstance(trial, EditTrial):
+            result = run_edit_trial(trial, self.bench.models, self.bench.further)
+        else:
+            result = self.bench.run(trial)
         store_trial(self.campaign.destination(), result)
         yield result

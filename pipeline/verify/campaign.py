@@ -23,13 +23,16 @@ from pipeline.plan import BINDING_KEY, Shard, load_index
 from pipeline.storage import Store, check_conditional_writes, get_json, in_parallel, open_store
 from pipeline.verify.attack_models import AttackModels, ModelKind, ModelMissing, with_embedded
 from pipeline.verify.customizers import customizer
-from pipeline.verify.edit_trial import EditTrial
+from pipeline.verify.edit_trial import EDIT_METRIC, EditTrial
 from pipeline.verify.editors import EDITORS
 from pipeline.verify.editors.base import Edit
+from pipeline.verify.further import further_metrics
 from pipeline.verify.groups import DEFAULT_CLASS, LEAST_LIKENESS, Candidate
+from pipeline.verify.metrics.base import Facts
+from pipeline.verify.metrics.registry import INSTALLED
 from pipeline.verify.purifiers import PURIFIERS, check_purifiers
 from pipeline.verify.specimens import Specimens
-from pipeline.verify.trial import Attack, Trial, cells_of
+from pipeline.verify.trial import METRIC, Attack, Trial, cells_of
 from pipeline.verify.trials import Selection, shard_trials, squares
 from protectors.model_files import ModelError, model_base_size
 from protectors.reference import NANO_EMBED, ReferenceModelError, reference_path
@@ -57,6 +60,8 @@ class Campaign:
     # the model that judges, the shards, the code and its libraries.
     campaign_id: str
     attack: Attack
+    # What is measured, and with which weights.
+    metrics: tuple[Facts, ...]
     # Of the checkpoints that the attacks load, by kind.
     digests: Mapping[str, str]
     # What the destination is bound to.
@@ -122,8 +127,10 @@ def plan_campaign(config: VerifyConfig) -> tuple[Campaign, list[Target]]:
     check_conditional_writes(destination)
     binding = get_json(destination, BINDING_KEY)
     digests = {str(kind): folder_digest(folders[kind]) for kind in models if _uses(settings, kind, models)}
+    measured = own_facts() + further_metrics(settings.metrics).facts
     fields = {
-        "attack": settings.model_dump(mode="json", exclude={"models"}),
+        "attack": settings.model_dump(mode="json", exclude={"models", "metrics"}),
+        "metrics": [facts.to_dict() for facts in measured],
         "parameters": _parameters(settings),
         "models": digests,
         "embedder": folder_digest(reference_path(NANO_EMBED)),
@@ -144,12 +151,26 @@ def plan_campaign(config: VerifyConfig) -> tuple[Campaign, list[Target]]:
             side=side,
             generated=settings.generated,
             seed=settings.seed,
+            # Actors may have another working directory.
+            metrics={name: at if at == INSTALLED else str(Path(at).resolve()) for name, at in settings.metrics.items()},
         ),
+        metrics=tuple(measured),
         digests=digests,
         config_fp=binding["config_fingerprint"],
         limits=DecodeLimits(**binding["fields"]["limits"]),
     )
     return campaign, targets
+
+
+def own_facts() -> list[Facts]:
+    """What every verification measures."""
+    nano_embed = folder_digest(reference_path(NANO_EMBED))
+    alike = "mean cosine by nano-embed to photos of the subject that the attacker does not have"
+    kept = "RGB, Gaussian window of 11 pixels, sigma 1.5, inside the borders"
+    return [
+        Facts(name=METRIC, better="down", how=alike, weights=nano_embed),
+        Facts(name=EDIT_METRIC, better="down", how=kept),
+    ]
 
 
 def folder_digest(folder: Path) -> str:

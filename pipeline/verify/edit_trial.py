@@ -11,6 +11,7 @@ from torch import Tensor
 from pipeline.verify.attack_models import AttackModels
 from pipeline.verify.editors import EDITORS
 from pipeline.verify.editors.base import Edit
+from pipeline.verify.further import FurtherMetrics
 from pipeline.verify.scores import NO_PURIFIER, Cell, Score
 from pipeline.verify.trial import (
     NOT_MEASURED,
@@ -49,7 +50,7 @@ class EditTrial:
     control_levels: int | None = None
 
 
-def run_edit_trial(trial: EditTrial, models: AttackModels) -> TrialResult:
+def run_edit_trial(trial: EditTrial, models: AttackModels, further: FurtherMetrics | None = None) -> TrialResult:
     """Edits the image in every cell with the same wish and draws.
 
     What the attacker wants is the edit of the clean image; a score is the structural similarity of a cell's edit to
@@ -59,8 +60,9 @@ def run_edit_trial(trial: EditTrial, models: AttackModels) -> TrialResult:
     compared, all of them need the same control: noise of `control_levels`.
 
     The floor is the clean image edited with other draws: an edit that is no further off than that has not been
-    hindered. The ceiling is 1, the wanted edit itself.
+    hindered. The ceiling is 1, the wanted edit itself. Further metrics are measured on the same edits.
     """
+    further = further or FurtherMetrics()
     clean, protected = tensor(trial.clean)[None], tensor(trial.protected)[None]
     levels = trial.control_levels
     noisy = noisy_as(clean, protected, trial.seed) if levels is None else with_noise(clean, levels, trial.seed)
@@ -82,11 +84,14 @@ def run_edit_trial(trial: EditTrial, models: AttackModels) -> TrialResult:
         wanted, other = edited(clean, trial.seed), edited(clean, trial.seed + 1)
     except Exception as error:  # noqa: BLE001 - whatever an attack raises is a failed measurement, not a failed run
         stop_if_transient(error)
-        planned = [_score(trial, place) for place in cells_of(trial.purifiers)]
+        names = (EDIT_METRIC, *further.edit_names)
+        planned = [_score(trial, place, metric=name) for name in names for place in cells_of(trial.purifiers)]
         return failed_trial(trial.key, trial.asset_id, error, planned)
-    scores = [_score(trial, place, _likeness(image, wanted)) for place, image in edits.items()]
-    scores += [_score(trial, (Cell.FLOOR, NO_PURIFIER), _likeness(other, wanted))]
-    scores += [_score(trial, (Cell.CEILING, NO_PURIFIER), 1.0)]
+    judged = edits | {(Cell.FLOOR, NO_PURIFIER): other, (Cell.CEILING, NO_PURIFIER): wanted}
+    scores = [_score(trial, place, _likeness(image, wanted)) for place, image in judged.items()]
+    for place, image in judged.items():
+        found = further.of_edit(image, wanted)
+        scores += [_score(trial, place, out.value, metric=name, error=out.error) for name, out in found.items()]
     pictures = {"original": clean, "protected": protected, f"original edited by {trial.editor}": wanted}
     pictures |= _edits_of_protected(trial.editor, edits)
     return TrialResult(
@@ -139,16 +144,23 @@ def _edits_of_protected(editor: str, edits: Mapping[tuple[Cell, str], Tensor]) -
     return found
 
 
-def _score(trial: EditTrial, place: tuple[Cell, str], value: float | None = None) -> Score:
+def _score(
+    trial: EditTrial,
+    place: tuple[Cell, str],
+    value: float | None = None,
+    *,
+    metric: str = EDIT_METRIC,
+    error: str | None = None,
+) -> Score:
     cell, purifier = place
     return Score(
         attack=trial.editor,
-        metric=EDIT_METRIC,
+        metric=metric,
         unit=trial.unit,
         cell=cell,
         purifier=purifier,
         image=trial.unit,
         prompt=trial.edit.target,
         value=value,
-        error=NOT_MEASURED if value is None else None,
+        error=(error or NOT_MEASURED) if value is None else None,
     )

@@ -19,6 +19,8 @@ from pipeline.verify.campaign import Campaign
 from pipeline.verify.cells import build_tables
 from pipeline.verify.check import stored_checks
 from pipeline.verify.edit_trial import EDIT_METRIC
+from pipeline.verify.editors import EDITORS
+from pipeline.verify.further import face_gates, not_measured
 from pipeline.verify.html import render
 from pipeline.verify.scores import Score
 from pipeline.verify.statistics import CONFIDENCE, RESAMPLES, Survival, survival
@@ -90,6 +92,8 @@ def campaign_document(campaign: Campaign, manifests: Sequence[Manifest]) -> dict
         "purifiers": sorted(campaign.config.attack.purifiers),
         "settings": campaign.config.attack.model_dump(mode="json"),
         "attack": _attack(campaign.attack),
+        "metrics": [facts.to_dict() for facts in campaign.metrics],
+        "absent": [absent.to_dict() for absent in not_measured(campaign.metrics)],
         "survival": [],
         "customization": [table.to_dict() for table in customization],
         "editing": [table.to_dict() for table in editing],
@@ -100,11 +104,16 @@ def campaign_document(campaign: Campaign, manifests: Sequence[Manifest]) -> dict
 
 def campaign_tables(scores: Sequence[Score]) -> tuple[list[Table], list[Table]]:
     """The tables of customization and of editing."""
-    customized = [score for score in scores if score.metric == METRIC]
-    edited = [score for score in scores if score.metric == EDIT_METRIC]
+    edited = [score for score in scores if score.attack in EDITORS]
+    customized = [score for score in scores if score.attack not in EDITORS]
+    # Likeness to the subject hides well where it is low; distance to the wanted edit where it is high.
+    further = [Question(metric=name) for name in sorted({score.metric for score in customized} - {METRIC})]
+    distances = [
+        Question(metric=name, better="up") for name in sorted({score.metric for score in edited} - {EDIT_METRIC})
+    ]
     return (
-        build_tables(customized, [QUESTION]) if customized else [],
-        build_tables(edited, [EDITING]) if edited else [],
+        build_tables(customized, [QUESTION, *further], gates=face_gates(customized)) if customized else [],
+        build_tables(edited, [EDITING, *distances]) if edited else [],
     )
 
 

@@ -20,6 +20,7 @@ from pipeline.verify.attack_models import AttackModels, ModelKind
 from pipeline.verify.customizers import customizer
 from pipeline.verify.customizers.base import PHOTO, PriorImages, sample
 from pipeline.verify.embed import Embedder
+from pipeline.verify.further import further_metrics
 from pipeline.verify.purifiers import PURIFIERS
 from pipeline.verify.scores import NO_PURIFIER, Cell, Score
 from pipeline.worker import exit_on_device_fault
@@ -56,6 +57,8 @@ class Attack:
     generated: int = GENERATED
     # Of all random draws; every group has its own that follow from it.
     seed: int = 0
+    # Metrics beside the subject similarity: folder by name.
+    metrics: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -125,6 +128,7 @@ class TrialBench:
         self.attack, self.models = attack, models
         self.customizer = customizer(attack.customizer, attack.preset, attack.overrides)
         self.embedder = Embedder(device=models.device)
+        self.further = further_metrics(attack.metrics, device=models.device)
         self._priors = PriorImages(self.models.get(ModelKind.LATENT))
 
     def run(self, trial: Trial) -> TrialResult:
@@ -137,7 +141,11 @@ class TrialBench:
             return self._floor(trial, seed) if trial.cell is Cell.FLOOR else self._customized(trial, seed)
         except Exception as error:  # noqa: BLE001 - whatever an attack raises is a failed measurement, not a failed run
             stop_if_transient(error)
-            planned = [self._score(trial, trial.cell, f"{n}") for n in range(self.attack.generated)]
+            planned = [
+                self._score(trial, trial.cell, f"{n}", metric=name)
+                for name in (METRIC, *self.further.drawn_names)
+                for n in range(self.attack.generated)
+            ]
             return failed_trial(trial.key, trial.group, error, planned)
 
     def _customized(self, trial: Trial, seed: int) -> TrialResult:
@@ -151,8 +159,7 @@ class TrialBench:
         """What the attacker's model draws of the class before it knows the subject; and the ceiling beside it."""
         train = torch.stack([tensor(image) for image in trial.train])
         result = self._result(trial, train, self._drawn(self._priors.base, trial.class_word, seed))
-        real = self._similarity(_unit_range(train), trial)
-        result.scores += [self._score(trial, Cell.CEILING, f"photo {n}", value) for n, value in enumerate(real)]
+        result.scores += self._scores(trial, Cell.CEILING, "photo {}", train)
         return result
 
     def _drawn(self, pipeline: Any, subject: str, seed: int) -> Tensor:
@@ -160,31 +167,47 @@ class TrialBench:
         return sample(pipeline, PHOTO.format(subject), self.attack.generated, seed=seed, sampling=sampling)
 
     def _result(self, trial: Trial, train: Tensor, drawn: Tensor) -> TrialResult:
-        values = self._similarity(drawn, trial)
-        scores = [self._score(trial, trial.cell, f"{n}", value) for n, value in enumerate(values)]
+        drawn = (drawn * 255).round().to(torch.uint8)
+        scores = self._scores(trial, trial.cell, "{}", drawn)
         had, made = LABELS[trial.cell]
-        pictures = {made.format(trial.purifier): sheet((drawn * 255).round().to(torch.uint8)[: len(train)])}
+        pictures = {made.format(trial.purifier): sheet(drawn[: len(train)])}
         if had is not None:
             pictures[had.format(trial.purifier)] = sheet(train)
         return TrialResult(key=trial.key, title=trial.group, scores=scores, pictures=pictures)
 
-    def _similarity(self, images: Tensor, trial: Trial) -> list[float]:
-        """Mean cosine of each image to the references."""
-        references = self.embedder.embed(_unit_range(torch.stack([tensor(image) for image in trial.references])))
-        values: list[float] = (self.embedder.embed(images) @ references.T).mean(dim=1).tolist()
-        return values
+    def _scores(self, trial: Trial, cell: Cell, label: str, images: Tensor) -> list[Score]:
+        """All numbers of images uint8 `(N, 3, H, W)`; the subject similarity is the mean cosine to the references."""
+        photos = torch.stack([tensor(image) for image in trial.references])
+        references = self.embedder.embed(_unit_range(photos))
+        values: list[float] = (self.embedder.embed(_unit_range(images)) @ references.T).mean(dim=1).tolist()
+        scores = [self._score(trial, cell, label.format(n), value) for n, value in enumerate(values)]
+        for name, outcomes in self.further.of_drawn(images, photos).items():
+            scores += [
+                self._score(trial, cell, label.format(n), found.value, metric=name, error=found.error)
+                for n, found in enumerate(outcomes)
+            ]
+        return scores
 
-    def _score(self, trial: Trial, cell: Cell, image: str, value: float | None = None) -> Score:
+    def _score(
+        self,
+        trial: Trial,
+        cell: Cell,
+        image: str,
+        value: float | None = None,
+        *,
+        metric: str = METRIC,
+        error: str | None = None,
+    ) -> Score:
         return Score(
             attack=self.attack.customizer,
-            metric=METRIC,
+            metric=metric,
             unit=trial.group,
             cell=cell,
             purifier=trial.purifier if cell is trial.cell else NO_PURIFIER,
             image=f"{trial.shard_id}/{image}",  # a subject may lie in several shards, and is one unit all the same
             prompt=PHOTO,
             value=value,
-            error=NOT_MEASURED if value is None else None,
+            error=(error or NOT_MEASURED) if value is None else None,
         )
 
 

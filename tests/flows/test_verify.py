@@ -14,6 +14,7 @@ import pyarrow as pa
 import pytest
 import yaml
 from prefect.artifacts import Artifact
+from safetensors.torch import save_file
 
 from pipeline.config import VerifyConfig
 from pipeline.decode import DecodeLimits
@@ -25,8 +26,9 @@ from pipeline.verify import campaign
 from pipeline.verify.campaign import Campaign, Target, folder_digest, plan_campaign
 from pipeline.verify.editors import EDITORS
 from pipeline.verify.editors.drawn_cases import write_case_set
+from pipeline.verify.metrics.perceptual import AlexNetTrunk
 from pipeline.verify.purifiers import PURIFIERS
-from protectors.reference import reference_path
+from protectors.reference import NANO_EMBED, reference_path
 from tests.e2e.archives import fill, parquet_file, picture
 from tests.e2e.command import FAKE, contents, fixative
 from tests.protectors.tiny import save_tiny_model
@@ -92,22 +94,38 @@ def report_of(destination: Path) -> tuple[Path, dict[str, Any]]:
 def test_a_report_of_every_cell(archive: Path, tiny: Path, tmp_path: Path) -> None:
     store = open_store(str(archive), LOCAL)
     before = contents(store)
-    config = settings_file(tmp_path, tiny)
+    alexnet = tmp_path / "alexnet"
+    alexnet.mkdir()
+    save_file(AlexNetTrunk().state_dict(), alexnet / "model.safetensors")
+    weights = {"dino": str(reference_path(NANO_EMBED)), "lpips": str(alexnet)}
+    config = settings_file(tmp_path, tiny, metrics=weights)
     result = fixative("verify", archive, "-c", config, "--actors", 2, "--out", tmp_path / "report")
     assert result.code == 0, result
     after = contents(store)
     # Nothing that was there is touched, manifests above all.
     assert {key: after[key] for key in before} == before
     folder, document = report_of(archive)
-    (customization,), (editing,) = document["customization"], document["editing"]
+    (customization, likeness), (editing, distance) = document["customization"], document["editing"]
     assert (customization["attack"], customization["units"]) == ("dreambooth", 2)
     assert (editing["attack"], editing["units"]) == (EDITOR, 2)
     assert document["planned"] == document["done"] == {"groups": 2, "images": 2, "trials": 2 * 5 + 2}
     assert document["failed"] == {}
     assert document["attack"]["digests"] == {"latent": folder_digest(tiny)}
-    for table in (customization, editing):
+    for table in (customization, likeness, editing, distance):
         assert {row["purifier"] for row in table["rows"]} == {"none", "jpeg75"}
         assert table["counts"]["error"] == 0
+    # Further metrics are secondary, with the digest of their weights; that of nano-embed by another name is equal.
+    assert [table["question"]["primary"] for table in (customization, likeness, editing, distance)] == [
+        True, False, True, False,
+    ]  # fmt: skip
+    assert likeness["question"]["metric"] == "dino_i"
+    assert likeness["cells"] == pytest.approx(customization["cells"], abs=1e-5)
+    assert distance["cells"]["R"] == 0.0 < distance["cells"]["A"]
+    measured = {item["name"]: item["weights"] for item in document["metrics"]}
+    assert measured["dino_i"] == measured["subject similarity"] == folder_digest(reference_path(NANO_EMBED))
+    assert measured["lpips to the edit of the clean image"] == folder_digest(alexnet)
+    assert {item["name"] for item in document["absent"]} >= {"clip_i", "ism_all", "fid"}
+    assert measured["dino_i"][:12] in (folder / "report.html").read_text()
     assert editing["cells"]["A"] < 1.0
     assert "jpeg75" in result.out
     assert "attack: 12/12" in result.out

@@ -57,8 +57,8 @@ class Against:
 
     # uint8 `(N, 3, H, W)`, one per image and of its size.
     originals: Tensor | None = None
-    # uint8 `(M, 3, H, W)`: real photos of the subject that no attack was trained on.
-    photos: Tensor | None = None
+    # uint8 `(3, H, W)` each, of any sizes: real photos of the subject that no attack was trained on.
+    photos: Tensor | Sequence[Tensor] | None = None
     # One per image.
     prompts: Sequence[str] | None = None
 
@@ -106,7 +106,10 @@ class Metric(ABC):
         reference = getattr(against, self.needs)
         if reference is None or len(reference) == 0:
             raise ValueError(f"{type(self).__name__} needs {self.needs} to compare with")
-        if isinstance(reference, Tensor):
+        if self.needs is Reference.PHOTOS:
+            for photo in reference:
+                _check_images(self.needs, photo[None])
+        elif isinstance(reference, Tensor):
             _check_images(self.needs, reference)
         if self.needs is Reference.ORIGINALS and reference.shape != images.shape:
             raise ValueError(f"originals are {tuple(reference.shape)}, images {tuple(images.shape)}: give equal shapes")

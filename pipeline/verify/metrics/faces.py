@@ -6,7 +6,7 @@ detector as "no face" rewards anything that breaks it. So a miss is 0, and an ex
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -93,8 +93,8 @@ class FaceIdentity(Metric):
             "face_match": [float(value > self._embedder.same) for value in alike],
         }
 
-    def found(self, photos: Tensor) -> list[float]:
-        """Whether the detector finds a face in each photo, uint8 `(N, 3, H, W)`: what `detector_gate` asks for."""
+    def found(self, photos: Iterable[Tensor]) -> list[float]:
+        """Whether the detector finds a face in each photo, uint8 `(3, H, W)`: what `detector_gate` asks for."""
         return [float(self._detector.detect(photo) is not None) for photo in photos]
 
     def _describe(self, image: Tensor) -> Tensor | None:

@@ -7,7 +7,7 @@ than features the covariances are not of full rank, and it is refused. `kid` is 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -52,8 +52,8 @@ def fid_facts(inception: Inception) -> Facts:
     return Facts(name="fid", better="neither", how=how, weights=inception.weights, licence=GIVEN)
 
 
-def fid(left: Iterable[Tensor], right: Iterable[Tensor], inception: Inception) -> FrechetDistance:
-    """The distance of two sets of images; they are read one by one, and not kept.
+def fid(left: Sequence[Tensor], right: Sequence[Tensor], inception: Inception) -> FrechetDistance:
+    """The distance of two sets of images.
 
     Args:
         left: images uint8 `(3, H, W)` of any sizes.
@@ -67,7 +67,7 @@ def fid(left: Iterable[Tensor], right: Iterable[Tensor], inception: Inception) -
 
 
 def frechet_distance(
-    left: Iterable[Tensor], right: Iterable[Tensor], network: nn.Module, *, fewest: int, device: str = "cpu"
+    left: Sequence[Tensor], right: Sequence[Tensor], network: nn.Module, *, fewest: int, device: str = "cpu"
 ) -> FrechetDistance:
     """As `fid`, by any network.
 
@@ -78,14 +78,14 @@ def frechet_distance(
         fewest: images per set; at least `num_features`, or covariances cannot be of full rank.
         device: of the network.
     """
+    counts = len(left), len(right)
+    if min(counts) < fewest:
+        raise ValueError(f"{counts[0]} and {counts[1]} images: fid needs at least {fewest} in each set")
     metric: Any = FrechetInceptionDistance(feature=network).to(device)
     with torch.no_grad():
         for side, images in ((True, left), (False, right)):
             for image in images:
                 metric.update(image[None].to(device), real=side)
-    counts = int(metric.real_features_num_samples), int(metric.fake_features_num_samples)
-    if min(counts) < fewest:
-        raise ValueError(f"{counts[0]} and {counts[1]} images: fid needs at least {fewest} in each set")
     sides = (
         (metric.real_features_sum, metric.real_features_cov_sum, counts[0]),
         (metric.fake_features_sum, metric.fake_features_cov_sum, counts[1]),

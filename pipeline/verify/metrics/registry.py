@@ -45,6 +45,7 @@ _FROM_PACKAGE: Mapping[str, tuple[tuple[str, ...], Callable[[], Metric]]] = {
     "faces": (("ism_all", "face_found", "face_match"), lambda: dlib_faces()),
     "brisque": (("brisque",), lambda: Brisque(installed_weights())),
 }
+_FID_NEEDS = f"a folder with {INCEPTION_SOURCE}; and {FEWEST_FID} images per set"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +77,7 @@ def available_metrics(
     if unknown := sorted(set(given) - set(WEIGHTS)):
         raise ValueError(f"unknown weights {', '.join(unknown)}; known: {', '.join(WEIGHTS)}")
     metrics: list[Metric] = [PixelChange(), Structure(), Colour()]
-    metrics.append(SubjectSimilarity("nano_embed_i", Embedder(device=device)))
+    metrics.append(SubjectSimilarity("nano_embed_i", Embedder(device=device), licence="free"))
     absent: list[Absent] = []
     for kind, (names, needed, make) in _FROM_FOLDER.items():
         if kind in given:
@@ -89,9 +90,15 @@ def available_metrics(
         except WeightsMissing as error:
             absent += [Absent(name=name, reason=str(error)) for name in names]
     if "inception" not in given:
-        needed = f"a folder with {INCEPTION_SOURCE}; and {FEWEST_FID} images per set"
-        absent.append(Absent(name="fid", reason=_not_given("inception", needed)))
+        absent.append(Absent(name="fid", reason=_not_given("inception", _FID_NEEDS)))
     return metrics, absent
+
+
+def optional_numbers() -> dict[str, str]:
+    """The numbers that need something given or installed, each with what it needs."""
+    numbers = {name: _not_given(kind, needed) for kind, (names, needed, _) in _FROM_FOLDER.items() for name in names}
+    numbers |= {name: f"not asked for: --metric {kind}" for kind, (names, _) in _FROM_PACKAGE.items() for name in names}
+    return numbers | {"fid": _not_given("inception", _FID_NEEDS)}
 
 
 def _not_given(kind: str, needed: str) -> str:

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from pipeline.verify.embed import Embedder
-from pipeline.verify.metrics.base import GIVEN, Against, Facts, Metric, Reference, weights_digest
+from pipeline.verify.metrics.base import GIVEN, Against, Facts, Licence, Metric, Reference, weights_digest
 from protectors.model_files import ModelError
 
 
@@ -24,24 +24,25 @@ class SubjectSimilarity(Metric):
     Args:
         name: of the number, after its model, e.g. "dino_i".
         embedder: the model.
+        licence: of its weights.
     """
 
     needs = Reference.PHOTOS
 
-    def __init__(self, name: str, embedder: Embedder) -> None:
-        self._name, self._embedder = name, embedder
+    def __init__(self, name: str, embedder: Embedder, *, licence: Licence = GIVEN) -> None:
+        self._name, self._embedder, self._licence = name, embedder, licence
         self._weights = weights_digest(embedder.folder)
 
     @property
     def facts(self) -> Sequence[Facts]:
         """The cosine."""
         how = "mean cosine to every photo; size, crop and normalisation by the folder's preprocessor_config.json"
-        return (Facts(name=self._name, better="down", how=how, weights=self._weights, licence=GIVEN),)
+        return (Facts(name=self._name, better="down", how=how, weights=self._weights, licence=self._licence),)
 
     def _score(self, images: Tensor, against: Against) -> dict[str, list[float]]:
         if against.photos is None:
             raise ValueError(f"{self._name} needs photos")
-        photos = self._embedder.embed(against.photos.float() / 255)
+        photos = torch.cat([self._embedder.embed(photo[None].float() / 255) for photo in against.photos])
         return {self._name: (self._embedder.embed(images.float() / 255) @ photos.T).mean(dim=1).tolist()}
 
 

@@ -1,0 +1,66 @@
+"""``fixative measure`` as its users meet it: numbers, their weights, and reasons for the rest."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from pipeline.verify.metrics.base import weights_digest
+from pipeline.verify.metrics.perceptual import AlexNetTrunk
+from tests.e2e.command import fixative
+
+
+@pytest.fixture(autouse=True)
+def wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+
+
+def folders(root: Path) -> tuple[Path, Path]:
+    """Two pictures, and the same with a change of three levels in another format."""
+    rng = np.random.default_rng(0)
+    for name in ("b", "a"):
+        picture = rng.integers(10, 240, (48, 64, 3), dtype=np.uint8)
+        for folder, ending, change in (("originals", "bmp.png", 0), ("protected", "bmp.webp", 3)):
+            (root / folder).mkdir(exist_ok=True)
+            Image.fromarray(picture + np.uint8(change)).save(root / folder / f"{name}.{ending}", lossless=True)
+    return root / "protected", root / "originals"
+
+
+def test_numbers_with_their_weights_and_reasons(tmp_path: Path) -> None:
+    protected, originals = folders(tmp_path)
+    alexnet = tmp_path / "alexnet"
+    alexnet.mkdir()
+    torch.manual_seed(0)
+    save_file(AlexNetTrunk().state_dict(), alexnet / "model.safetensors")
+    out = tmp_path / "numbers.json"
+    result = fixative("measure", protected, "--originals", originals, "--metric", f"lpips={alexnet}", "--out", out)
+    assert result.code == 0, result
+    document = json.loads(out.read_text())
+    numbers = {number["name"]: number for number in document["numbers"]}
+    assert numbers["linf_levels"]["value"] == 3
+    assert len(numbers["lpips"]["values"]) == 2
+    assert numbers["lpips"]["value"] > 0
+    assert numbers["lpips"]["weights"] == weights_digest(alexnet)
+    assert weights_digest(alexnet)[:12] in result.out
+    assert "dino_i: absent, because no weights given: --metric dino=FOLDER" in result.out
+    assert "nano_embed_i: absent, because no photos given" in result.out
+    assert {entry["name"] for entry in document["absent"]}.isdisjoint(numbers)
+
+
+def test_what_cannot_be_measured_is_refused(tmp_path: Path) -> None:
+    protected, originals = folders(tmp_path)
+    for arguments, reason in (
+        (("--metric", "faces"), "write NAME=FOLDER"),
+        (("--metric", "arcface=x"), "write NAME=FOLDER"),
+        (("--metric", f"lpips={tmp_path}"), "holds 0 safetensors files"),
+        (("--originals", originals / "a.bmp.png"), "no original named b.bmp"),
+    ):
+        result = fixative("measure", protected, *arguments)
+        assert result.code == 2, result
+        assert reason in result.err, result
