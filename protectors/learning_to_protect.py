@@ -1,0 +1,239 @@
+"""Learning to protect: gradients of a protection loss along the path that a simulated attacker takes.
+
+Section 4.3 and algorithm 1 of APDM (https://arxiv.org/abs/2511.01307).
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from protectors.base import Batch
+from protectors.concepts import CachedConcept, Words
+from protectors.config import require
+from protectors.dreambooth import Deck, DreamBooth, SurrogateConfig
+from protectors.model_base import ModelProtector, ModelProtectorConfig, Study
+from protectors.objectives import Draws, draw_for
+from protectors.randomness import integers, streams
+from protectors.surrogate import FullSurrogate, LoraSurrogates, Surrogates
+
+Attacker = Literal["full", "cross_attention", "lora"]
+GradientPoint = Literal["after", "before"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LearningToProtectConfig(ModelProtectorConfig):
+    """Fields of methods that simulate an attacker."""
+
+    # His training steps in each simulated attack, and so the number of gradients in each update. 0 simulates no
+    # attack: each update takes one gradient at the protected weights themselves.
+    inner_steps: int = 20
+    # Simulated attackers, in turn: who trains all weights, who trains keys and values of cross-attention (Custom
+    # Diffusion), who adds low-rank deltas.
+    attackers: tuple[Attacker, ...] = ("full",)
+    # AdamW's learning rate of each of them.
+    attacker_rates: tuple[float, ...] = (5e-6,)
+    # Images of the subject per step of the attacker, with as many of the class; pairs in each gradient likewise.
+    batch: int = 1
+    # Weight of the attacker's loss on class images.
+    prior_weight: float = 1.0
+    # Weight of the protection's loss on class images, which keeps the class as it is.
+    preservation_weight: float = 1.0
+    # Gradients are taken after each step of the attacker, as algorithm 1 has it, or before it, as equation 18 does.
+    gradient_point: GradientPoint = "after"
+    # The released code never clears the attacker's own gradient, so it is part of what the protected weights descend
+    # on. For comparison only: it trains the subject in.
+    compat_grad_leak: bool = False
+
+    def check(self) -> None:
+        ModelProtectorConfig.check(self)
+        require(self.inner_steps >= 0, "inner_steps", self.inner_steps, "use 0 (no simulated attack) or more")
+        require(bool(self.attackers), "attackers", self.attackers, "name at least one")
+        fits = len(self.attacker_rates) == len(self.attackers) and all(rate >= 0 for rate in self.attacker_rates)
+        require(fits, "attacker_rates", self.attacker_rates, "give each of the attackers a rate of 0 or more")
+        require(self.batch >= 1, "batch", self.batch, "use 1 or more")
+        for name in ("prior_weight", "preservation_weight"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "use 0 or more")
+        attacked = self.inner_steps > 0
+        require(attacked or self.gradient_point == "after", "gradient_point", "before", "needs inner_steps above 0")
+        whole = attacked and self.attackers == ("full",)
+        require(whole or not self.compat_grad_leak, "compat_grad_leak", True, "needs the full attacker alone")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """What one gradient is taken on: b positives, their b negatives, b class images, in this order.
+
+    Shape: latents ``(3 b, C, h, w)``, embeddings ``(3 b, L, D)``, draws of as many rows. A pair shares timestep and
+    noise; class images have their own. Positives and negatives go under the attacker's prompt for the subject.
+    """
+
+    latents: Tensor
+    embeddings: Tensor
+    draws: Draws
+
+    def rows(self, low: int, high: int) -> Sample:
+        """The thirds from number ``low`` to before number ``high``."""
+        size = len(self.latents) // 3
+        part = slice(low * size, high * size)
+        draws = Draws(t=self.draws.t[part], noise=self.draws.noise[part], posterior=self.draws.posterior[part])
+        return Sample(latents=self.latents[part], embeddings=self.embeddings[part], draws=draws)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProtectionLoss:
+    """A loss that the protected weights descend, and its parts for the log."""
+
+    total: Tensor
+    parts: dict[str, Tensor]
+
+
+ConfigT = TypeVar("ConfigT", bound=LearningToProtectConfig)
+
+
+class LearningToProtect(ModelProtector[ConfigT]):
+    """Base of methods that sum a loss's gradients over a simulated attack; a subclass writes ``_loss``.
+
+    For each update: th = theta; DreamBooth steps on th; g = sum over the steps of grad L(th), first order, without
+    a trace of the attacker's gradients. Concepts, then attackers, take turns.
+    """
+
+    @abstractmethod
+    def _loss(self, study: Study, sample: Sample) -> ProtectionLoss:
+        """At the weights that ``self.model`` holds, with a graph."""
+
+    def _accumulate(self, study: Study, step: int, gradient: tuple[Tensor, ...]) -> dict[str, float]:
+        config, seed = self.config, study.draw_seed(step)
+        turn, place = divmod(step, len(study.concepts))
+        concept, number = study.concepts[place], turn % len(config.attackers)
+        words = _drawn_words(concept, seed)
+        deal = self._dealer(concept, words, seed)
+        weights = study.copy.parameters
+        log: dict[str, list[Tensor]] = {}
+
+        def note(name: str, value: Tensor) -> None:
+            log.setdefault(name, []).append(value.detach().mean())
+
+        with self._attacker(study, config.attackers[number], seed) as attacker:
+
+            def visit() -> None:
+                """Adds one gradient of the protection loss at the weights as they are."""
+                with _differentiable(weights), attacker.owned([0] * (3 * config.batch)):
+                    with self._autocast():
+                        loss = self._loss(study, deal())
+                    # Not backward(): it would mix with the attacker's gradients.
+                    _add(gradient, torch.autograd.grad(loss.total, weights))
+                for name, value in loss.parts.items():
+                    note(name, value)
+
+            school = self._school(attacker, concept, words, seed)
+
+            def lesson(inner: int) -> Tensor:
+                # `fit` asks for the loss right after the step before, so that "after" lags by one.
+                if config.gradient_point == "before" or inner > 0:
+                    visit()
+                with self._autocast():
+                    loss = school.loss(concept.moments, school.original_decks)
+                note("personalization", loss)
+                if config.compat_grad_leak:
+                    _add(gradient, torch.autograd.grad(loss.sum(), weights, retain_graph=True))
+                return loss
+
+            with attacker.owned([0] * config.batch):
+                attacker.fit(lesson, steps=config.inner_steps, rate=config.attacker_rates[number])
+            if config.gradient_point == "after":
+                visit()
+        return {name: float(torch.stack(values).mean()) for name, values in log.items()}
+
+    def _attacker(self, study: Study, kind: Attacker, seed: int) -> AbstractContextManager[Surrogates]:
+        if kind == "lora":
+            return LoraSurrogates(self.model, [seed])
+        # Not entered: the frame puts the weights back, once.
+        return nullcontext(study.copy if kind == "full" else _KeysAndValues(self.model))
+
+    def _school(self, attacker: Surrogates, concept: CachedConcept, words: Words, seed: int) -> DreamBooth:
+        size = len(concept.images)
+        # The places of one group and a seed for all of them: the draws follow from this update alone.
+        batch = Batch(
+            originals=concept.images,
+            seeds=(seed,) * size,
+            prompts=(words.general,) * size,
+            groups=(tuple(range(size)),),
+        )
+        config = SurrogateConfig(
+            train_batch=self.config.batch,
+            prior_images=len(concept.class_latents),
+            prior_weight=self.config.prior_weight,
+        )
+        school = DreamBooth(attacker, batch, config, {words.general: concept.class_latents})
+        # DreamBooth would put its word before the last word of the prompt; templates say where it goes.
+        school.prompts = (words.instance,) * size
+        return school
+
+    def _dealer(self, concept: CachedConcept, words: Words, seed: int) -> Callable[[], Sample]:
+        """Deals samples with draws that the attacker's have nothing to do with."""
+        model, size = self.model, self.config.batch
+        (generator,) = streams([seed], "protection")
+        generators = [generator] * size
+        pairs = Deck(range(len(concept.positives)), generator)
+        numbers = Deck(range(len(concept.class_latents)), generator)
+        mean, logvar = concept.moments
+        shape = mean.shape[1:]
+        embeddings = model.embed_prompts([words.instance] * (2 * size) + [words.general] * size)
+
+        def deal() -> Sample:
+            places = [pairs.deal() for _ in range(size)]
+            classes = [numbers.deal() for _ in range(size)]
+            pair, other = draw_for(model, shape, generators), draw_for(model, shape, generators)
+            negatives = model.latents((mean[places], logvar[places]), pair.posterior)
+            return Sample(
+                latents=torch.cat([concept.positives[places], negatives, concept.class_latents[classes]]),
+                embeddings=embeddings,
+                draws=Draws(
+                    t=torch.cat([pair.t, pair.t, other.t]),
+                    noise=torch.cat([pair.noise, pair.noise, other.noise]),
+                    posterior=torch.cat([pair.posterior, pair.posterior, other.posterior]),
+                ),
+            )
+
+        return deal
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.config.bf16)
+
+
+class _KeysAndValues(FullSurrogate):
+    """Trains keys and values of cross-attention alone."""
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        named = self.model.unet.named_parameters()
+        return [weight for name, weight in named if "attn2.to_k." in name or "attn2.to_v." in name]
+
+
+def _drawn_words(concept: CachedConcept, seed: int) -> Words:
+    return concept.words[int(integers(streams([seed], "words"), 0, len(concept.words)))]
+
+
+def _add(sums: Sequence[Tensor], parts: Sequence[Tensor]) -> None:
+    for total, part in zip(sums, parts, strict=True):
+        total.add_(part)
+
+
+@contextmanager
+def _differentiable(weights: Sequence[Tensor]) -> Iterator[None]:
+    """Within it the weights take gradients; afterwards those that did before."""
+    before = [weight.requires_grad for weight in weights]
+    for weight in weights:
+        weight.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for weight, flag in zip(weights, before, strict=True):
+            weight.requires_grad_(flag)
