@@ -1,6 +1,6 @@
 """Compares early stop and restarts with one full run of a method, side by side: steps, time and gain as ratios.
 
-The gain is that of the method's own objective over six squares of three photos, at draws that none of the runs has seen.
+The gain is that of the method's own objective, over six squares of three photos, at draws that no run has seen.
 
 Example: python infra/bench/early_stop.py --method mist --preset paper --patience 10 20 --restarts 3
 """
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from protectors.base import ImageProtector
 from protectors.loading import load_for, model_source
+from protectors.reference import reference_path
 from protectors.registry import protector_class
 
 JUDGE_DRAWS = 32
@@ -56,10 +57,9 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     chosen = protector_class(options.method)
-    source = model_source(chosen)
-    model = load_for(chosen, options.model or source.embedded or "", device=options.device, dtype=torch.float32)
+    model = load_for(chosen, options.model, device=options.device, dtype=torch.float32)
     config = chosen.presets[options.preset]
-    originals = (photos(source.scale * model.base_size) * 255).round() / 255
+    originals = (photos(model_source(chosen).scale * model.base_size) * 255).round() / 255
     judge = chosen(config.replace(eval_draws=JUDGE_DRAWS), model)
     variants: list[dict[str, Any]] = [{}]
     variants += [{"patience": steps} for steps in options.patience]
