@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import count
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -20,7 +19,7 @@ from protectors.objectives import Draws, draw_for, latent_denoising_loss
 from protectors.pgd import PgdPlan, Progress, pgd, repaired
 from protectors.prompt_tuning import tune_prompts
 from protectors.randomness import streams
-from protectors.surrogate import SurrogateKind, check_surrogate, make_surrogates, subject_seeds
+from protectors.surrogate import SurrogateKind, Tick, check_surrogate, make_surrogates, perturb_parts, subject_seeds
 
 Stage = Literal["prompt", "image", "weights"]
 Heads = Literal["all", "second_half"]
@@ -187,20 +186,9 @@ class AntiDiffusion(ImageProtector[AntiDiffusionConfig, DiffusionModel]):
     def _perturb(self, batch: Batch, progress: Progress | None) -> Tensor:
         if self.config.share == "image":
             batch = replace(batch, groups=tuple((place,) for place in range(len(batch.seeds))))
-        whole = tuple(range(len(batch.seeds)))
-        parts = batch.groups if self.config.surrogate == "full" else (whole,)
-        done = count(1)
+        return perturb_parts(self._alternate, batch, self.config.surrogate, self.steps, progress)
 
-        def tick() -> None:
-            if progress is not None:
-                progress(next(done), self.steps * len(parts))
-
-        perturbed = torch.empty_like(batch.originals)
-        for places in parts:
-            perturbed[list(places)] = self._alternate(batch.part(places), tick)
-        return perturbed
-
-    def _alternate(self, batch: Batch, tick: Callable[[], None]) -> Tensor:
+    def _alternate(self, batch: Batch, tick: Tick) -> Tensor:
         """The stages in their order, for images whose surrogates are trained side by side."""
         config, images = self.config, batch.originals
         generators = streams(batch.seeds, "anti_diffusion/attack")
@@ -223,7 +211,7 @@ class AntiDiffusion(ImageProtector[AntiDiffusionConfig, DiffusionModel]):
         embeddings: Tensor,
         moments: Moments,
         generators: Sequence[torch.Generator],
-        tick: Callable[[], None],
+        tick: Tick,
     ) -> Tensor:
         """The prompts that the model denoises these images best with."""
         kept = self._latents(moments, self._draw(moments, generators))
@@ -244,11 +232,11 @@ class AntiDiffusion(ImageProtector[AntiDiffusionConfig, DiffusionModel]):
         generators: Sequence[torch.Generator],
         *,
         batch: Batch,
-        tick: Callable[[], None],
+        tick: Tick,
     ) -> Tensor:
         """Sign steps up J, in the ball around the originals."""
 
-        def gain(images: Tensor, step: int) -> Tensor:
+        def gain(images: Tensor, _: list[int]) -> Tensor:
             moments = self.model.encode_moments(images)
             draws = [self._draw(moments, generators) for _ in range(self.config.n_eot)]
             return torch.stack([self._gain(moments, embeddings, each) for each in draws]).mean(0)
@@ -268,7 +256,7 @@ class AntiDiffusion(ImageProtector[AntiDiffusionConfig, DiffusionModel]):
         embeddings: Tensor,
         moments: Moments,
         generators: Sequence[torch.Generator],
-        tick: Callable[[], None],
+        tick: Tick,
     ) -> Callable[[int], Tensor]:
         """What the surrogates learn: to denoise their own images."""
 

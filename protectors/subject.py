@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from itertools import count
 from typing import TypeVar
 
-import torch
 from torch import Tensor
 
 from protectors.base import Batch, ImageProtector
@@ -16,7 +14,7 @@ from protectors.dreambooth import DreamBooth, SurrogateConfig, class_latents, cl
 from protectors.objectives import mean_denoising_loss
 from protectors.pgd import PgdPlan, Progress, pgd, uniform_start
 from protectors.randomness import streams
-from protectors.surrogate import check_surrogate, make_surrogates, subject_seeds
+from protectors.surrogate import Tick, check_surrogate, make_surrogates, perturb_parts, subject_seeds
 
 SurrogateConfigT = TypeVar("SurrogateConfigT", bound=SurrogateConfig)
 SubjectLoss = Callable[[Tensor, Tensor], Tensor]
@@ -36,24 +34,13 @@ class SubjectProtector(ImageProtector[SurrogateConfigT, DiffusionModel]):
         check_surrogate(config.surrogate, model)
 
     @abstractmethod
-    def _attack(self, school: DreamBooth, tick: Callable[[], None]) -> Tensor:
+    def _attack(self, school: DreamBooth, tick: Tick) -> Tensor:
         """The perturbed images of ``school.batch``; calls ``tick`` after each sign step."""
 
     def _perturb(self, batch: Batch, progress: Progress | None) -> Tensor:
-        together = self.config.surrogate == "lora"
-        parts = [tuple(range(len(batch.seeds)))] if together else batch.groups
-        perturbed = torch.empty_like(batch.originals)
-        done = count(1)
+        return perturb_parts(self._perturb_part, batch, self.config.surrogate, self.steps, progress)
 
-        def tick() -> None:
-            if progress is not None:
-                progress(next(done), self.steps * len(parts))
-
-        for places in parts:
-            perturbed[list(places)] = self._perturb_part(batch.part(places), tick)
-        return perturbed
-
-    def _perturb_part(self, batch: Batch, tick: Callable[[], None]) -> Tensor:
+    def _perturb_part(self, batch: Batch, tick: Tick) -> Tensor:
         config = self.config
         # Before there are surrogates: the unchanged model draws the class images.
         wanted, words = config.prior_images, sorted(set(class_prompts(batch, config)))
@@ -71,9 +58,7 @@ class SubjectProtector(ImageProtector[SurrogateConfigT, DiffusionModel]):
         generators = streams(batch.seeds, f"{self.name}/start")
         return batch.originals + uniform_start(batch.originals, self.config.eps_levels, generators)
 
-    def _climb(
-        self, school: DreamBooth, images: Tensor, loss: SubjectLoss, tick: Callable[[], None], *, steps: int
-    ) -> Tensor:
+    def _climb(self, school: DreamBooth, images: Tensor, loss: SubjectLoss, tick: Tick, *, steps: int) -> Tensor:
         """Sign steps up the loss under the surrogates as they are, in the originals' ball."""
         batch, config = school.batch, self.config
         plan = PgdPlan(eps_levels=config.eps_levels, step_levels=config.step_levels, steps=steps, ascend=True)

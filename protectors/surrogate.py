@@ -6,6 +6,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import count
 from typing import Any, Literal
 
 import torch
@@ -14,9 +15,12 @@ from torch import Tensor, nn
 from protectors.base import Batch
 from protectors.diffusion import DiffusionModel
 from protectors.model_files import ModelError
+from protectors.pgd import Progress
 from protectors.randomness import normal, streams
 
 SurrogateKind = Literal["lora", "full"]
+Tick = Callable[[], None]
+"""To be called after each step."""
 State = tuple[Tensor, ...]
 """Weights of all surrogates at one moment, on the CPU: methods keep several, and a device has room for few."""
 
@@ -204,6 +208,31 @@ def make_surrogates(
     if len(seeds) != 1:
         raise ValueError("a full surrogate is the only one: protect one subject at a time")
     return FullSurrogate(model, train_text_encoder=train_text_encoder)
+
+
+def perturb_parts(
+    perturb: Callable[[Batch, Tick], Tensor], batch: Batch, kind: SurrogateKind, steps: int, progress: Progress | None
+) -> Tensor:
+    """The perturbed images of a batch: of all subjects together with low-rank surrogates, else one after the other.
+
+    Args:
+        perturb: (part of the batch, tick) -> its perturbed images; calls ``tick`` after each of its steps.
+        batch: whole.
+        kind: of the surrogates.
+        steps: how many ``perturb`` takes for one part.
+        progress: hears of the steps of all parts.
+    """
+    parts = [tuple(range(len(batch.seeds)))] if kind == "lora" else batch.groups
+    done = count(1)
+
+    def tick() -> None:
+        if progress is not None:
+            progress(next(done), steps * len(parts))
+
+    perturbed = torch.empty_like(batch.originals)
+    for places in parts:
+        perturbed[list(places)] = perturb(batch.part(places), tick)
+    return perturbed
 
 
 def subject_seeds(batch: Batch) -> list[int]:
