@@ -47,9 +47,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--method", default="mist")
     parser.add_argument("--preset", default="paper")
-    parser.add_argument(
-        "--model", default=None, help="diffusers folder; default: the embedded one of the method's kind"
-    )
+    parser.add_argument("--model", default=str(reference_path()), help="diffusers folder")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--patience", type=int, nargs="*", default=[20])
