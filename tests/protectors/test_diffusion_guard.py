@@ -66,7 +66,7 @@ def test_loss(kind: str, images: Tensor, masks: Tensor, tmp_path: Path, monkeypa
     model = load_inpainting_model(str(save_tiny_inpainting_model(tmp_path / kind, prediction_type=kind)))
     loss = attack_loss(DiffusionGuard(SHORT, model), images, monkeypatch, masks)
     with torch.no_grad():
-        values = loss(images, 0)
+        values = loss(images, [0, 1])
     generators = streams([5, 6], "diffusion_guard/attack")
     kept = KeptAreas(batch_of(images, masks)).draw(generators)
     noise, posterior = (normal(generators, (4, 12, 16)).double() for _ in range(2))
@@ -109,8 +109,8 @@ def test_every_step_starts_from_new_noise_alone(
 
     loss = attack_loss(DiffusionGuard(SHORT, model), images, monkeypatch)
     monkeypatch.setattr(model, "predict", spy)
-    loss(images, 0)
-    loss(images * 0.5, 1)
+    loss(images, [0, 1])
+    loss(images * 0.5, [0, 1])
     generators = streams([5, 6], "diffusion_guard/attack")
     areas = KeptAreas(batch_of(images, None))
     for noisy, t in calls:
@@ -126,7 +126,7 @@ def test_no_gradient_where_the_attacker_repaints(
     loss = attack_loss(DiffusionGuard(SHORT, model), images, monkeypatch, masks)
     kept = KeptAreas(batch_of(images, masks)).draw(streams([5, 6], "diffusion_guard/attack"))
     given = images.clone().requires_grad_()
-    (gradient,) = torch.autograd.grad(loss(given, 0).sum(), given)
+    (gradient,) = torch.autograd.grad(loss(given, [0, 1]).sum(), given)
     outside = (kept == 0).expand_as(images)
     assert (gradient[outside] == 0).all()
     assert (gradient[~outside] != 0).float().mean() > 0.9

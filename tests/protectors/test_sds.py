@@ -59,7 +59,7 @@ def test_gradient(
     config = SDSConfig.from_dict({"sign": sign, "target_weight": weight, "eval_draws": 1})
     loss = attack_loss(SDS(config, model), images, monkeypatch)
     given = images.clone().requires_grad_()
-    (gradient,) = torch.autograd.grad(loss(given, 0).sum(), given)
+    (gradient,) = torch.autograd.grad(loss(given, [0, 1]).sum(), given)
 
     exact, context = Exact(model), model.embed_prompts(["a photo"])
     draws = draw(model, images, streams([5, 6], "sds/attack"))
@@ -135,7 +135,7 @@ def test_unet_has_no_graph_and_the_encoder_runs_once_a_step(
     monkeypatch.setattr(model, "predict", spy_predict)
     monkeypatch.setattr(model, "encode_moments", spy_encode)
     given = images.clone().requires_grad_()
-    (gradient,) = torch.autograd.grad(loss(given, 0).sum(), given)
+    (gradient,) = torch.autograd.grad(loss(given, [0, 1]).sum(), given)
     assert gradient.abs().max() > 0
     assert graphs == [False]
     assert len(encodings) == 1
