@@ -138,6 +138,17 @@ def full() -> dict[str, Any]:
             "seed": 0,
         },
         "not_run": [{"purifier": "diffpure", "reason": "no pixel model given: name a DDPMPipeline folder"}],
+        "metrics": [
+            {
+                "name": "subject similarity",
+                "how": "mean cosine",
+                "better": "down",
+                "weights": "8f" * 32,
+                "licence": "free",
+            },
+            {"name": "edit kept", "how": "SSIM", "better": "down", "weights": "none", "licence": "free"},
+        ],
+        "absent": [{"name": "lpips", "reason": "no weights given: --metric lpips=FOLDER, a folder with <weights>"}],
         "fidelity": [
             {"metric": "PSNR, dB", "mean": 34.125, "low": 33.8, "high": 34.5, "images": 24},
             {"metric": "SSIM", "mean": 0.931, "low": 0.925, "high": 0.937, "images": 24},

@@ -145,6 +145,13 @@ def test_a_failed_gate_is_no_protection() -> None:
     assert "stroke: var(--ink)" in page
 
 
+def test_metrics_are_named_with_their_weights_and_absent_ones_with_the_reason(page: str) -> None:
+    for item in full()["metrics"]:
+        assert f'<th scope="row">{item["name"]}</th>' in page
+        assert f'<code title="{item["weights"]}">{item["weights"][:12]}</code>' in page
+    assert "a folder with &lt;weights&gt;" in page
+
+
 def test_an_invalid_row_and_one_that_was_not_run_look_unlike_a_measured_one(page: str) -> None:
     found = {name: (kind, finding) for kind, name, finding in _ROWS.findall(page.partition("<h3>lora: ")[0])}
     assert found["jpeg75"] == ("", '<span class="tag good">residual protection shown</span>')
