@@ -63,7 +63,7 @@ def test_the_attack_starts_where_there_is_a_gradient(
 
     def spy(loss: Loss, originals: Tensor, plan: PgdPlan, *, start: Tensor, **others: Any) -> Tensor:
         for given in (originals.clone().requires_grad_(), (originals + start).requires_grad_()):
-            (gradient,) = torch.autograd.grad(loss(given, 0).sum(), given)
+            (gradient,) = torch.autograd.grad(loss(given, [0, 1]).sum(), given)
             sizes.append(float(gradient.abs().max()))
         return originals
 
