@@ -66,7 +66,7 @@ class AdvDM(PgdProtector[AdvDMConfig, DiffusionModel]):
         "strong": AdvDMConfig(eps_levels=16.0, step_levels=0.5, steps=300),
     }
 
-    def _climb(self, batch: Batch, progress: Progress | None, plateau: Plateau | None) -> Tensor:
+    def _climb(self, batch: Batch, progress: Progress, plateau: Plateau | None) -> Tensor:
         generators = streams(batch.seeds, "advdm/attack")
         embeddings = embed_prompts(self.model, batch, self.config.prompt)
         start = start_of(self.config, batch.originals, generators)

@@ -151,7 +151,7 @@ class AntiPure(PgdProtector[AntiPureConfig, PixelModel]):
         if config.t_err > longest:
             raise ModelError(f"t_err={config.t_err}: the model has {longest} timesteps")
 
-    def _climb(self, batch: Batch, progress: Progress | None, plateau: Plateau | None) -> Tensor:
+    def _climb(self, batch: Batch, progress: Progress, plateau: Plateau | None) -> Tensor:
         config, generators = self.config, streams(batch.seeds, "antipure/attack")
         start = start_of(config, batch.originals, generators)
         plan = PgdPlan(

@@ -86,7 +86,7 @@ class DiffusionGuard(PgdProtector[DiffusionGuardConfig, InpaintingModel]):
         super().__init__(config, model)
         self._known: WeakKeyDictionary[Batch, KeptAreas] = WeakKeyDictionary()
 
-    def _climb(self, batch: Batch, progress: Progress | None, plateau: Plateau | None) -> Tensor:
+    def _climb(self, batch: Batch, progress: Progress, plateau: Plateau | None) -> Tensor:
         generators = streams(batch.seeds, "diffusion_guard/attack")
         embeddings = embed_prompts(self.model, batch, self.config.prompt)
         areas = self._areas(batch)

@@ -115,7 +115,7 @@ class Fixative(PgdProtector[FixativeConfig, DiffusionModel]):
         "strong": FixativeConfig(eps_levels=16.0, steps=300),
     }
 
-    def _climb(self, batch: Batch, progress: Progress | None, plateau: Plateau | None) -> Tensor:
+    def _climb(self, batch: Batch, progress: Progress, plateau: Plateau | None) -> Tensor:
         generators = streams(batch.seeds, "fixative/attack")
         embeddings = embed_prompts(self.model, batch, self.config.prompt)
         target = pattern_latents(self.model, batch.originals, self.config.cell)

@@ -76,7 +76,7 @@ class Mist(PgdProtector[MistConfig, DiffusionModel]):
         "strong": MistConfig(eps_levels=16.0, step_levels=0.5, steps=300),
     }
 
-    def _climb(self, batch: Batch, progress: Progress | None, plateau: Plateau | None) -> Tensor:
+    def _climb(self, batch: Batch, progress: Progress, plateau: Plateau | None) -> Tensor:
         generators = streams(batch.seeds, "mist/attack")
         embeddings = embed_prompts(self.model, batch, self.config.prompt)
         target = pattern_latents(self.model, batch.originals, self.config.cell)

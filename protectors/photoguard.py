@@ -64,7 +64,7 @@ class PhotoGuard(PgdProtector[PhotoGuardConfig, DiffusionModel]):
         "strong": PhotoGuardConfig(eps_levels=16.0, step_levels=2.0, steps=300),
     }
 
-    def _climb(self, batch: Batch, progress: Progress | None, plateau: Plateau | None) -> Tensor:
+    def _climb(self, batch: Batch, progress: Progress, plateau: Plateau | None) -> Tensor:
         start = start_of(self.config, batch.originals, streams(batch.seeds, "photoguard/attack"))
         return pgd(
             lambda images, _: encoder_distance(self.model, images),

@@ -78,7 +78,7 @@ class PID(PgdProtector[PIDConfig, DiffusionModel]):
         "strong": PIDConfig(eps_levels=16.0, step_levels=1.0, steps=300),
     }
 
-    def _climb(self, batch: Batch, progress: Progress | None, plateau: Plateau | None) -> Tensor:
+    def _climb(self, batch: Batch, progress: Progress, plateau: Plateau | None) -> Tensor:
         generators = streams(batch.seeds, "pid/attack")
         mean, logvar = self._clean(batch)
 

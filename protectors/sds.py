@@ -82,7 +82,7 @@ class SDS(PgdProtector[SDSConfig, DiffusionModel]):
         "strong": SDSConfig(eps_levels=16.0, step_levels=0.5, steps=300),
     }
 
-    def _climb(self, batch: Batch, progress: Progress | None, plateau: Plateau | None) -> Tensor:
+    def _climb(self, batch: Batch, progress: Progress, plateau: Plateau | None) -> Tensor:
         generators = streams(batch.seeds, "sds/attack")
         embeddings = embed_prompts(self.model, batch, self.config.prompt)
         target = self._target(batch.originals)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 from typing import TypeVar
@@ -34,7 +33,7 @@ class PgdProtector(ImageProtector[SearchConfigT, ModelT]):
         return self.config.steps * self.config.restarts
 
     @abstractmethod
-    def _climb(self, batch: Batch, progress: Progress | None, plateau: Plateau | None) -> Tensor:
+    def _climb(self, batch: Batch, progress: Progress, plateau: Plateau | None) -> Tensor:
         """The perturbed images after one call of ``pgd``, which takes the progress and the plateau as they are."""
 
     def _perturb(self, batch: Batch, progress: Progress | None) -> Perturbed:
@@ -44,7 +43,7 @@ class PgdProtector(ImageProtector[SearchConfigT, ModelT]):
         values = torch.stack([self._value(run.images, batch) for run in runs])
         best = values.argmax(0)  # the first of equals
         return Perturbed(
-            images=torch.stack([run.images for run in runs])[best, torch.arange(len(best))],
+            images=torch.stack([run.images for run in runs])[best, torch.arange(len(best), device=best.device)],
             steps=tuple(sum(taken) for taken in zip(*(run.steps for run in runs), strict=True)),
         )
 
@@ -54,12 +53,18 @@ class PgdProtector(ImageProtector[SearchConfigT, ModelT]):
             seeds = integers(streams(batch.seeds, f"restart {number}"), 0, 2**63 - 1)
             batch = replace(batch, seeds=tuple(seeds.tolist()))
         plateau = self._plateau(batch) if self.config.patience else None
-        images = self._climb(batch, progress and _shifted(progress, number * self.config.steps, self.steps), plateau)
-        stopped = plateau.stopped if plateau is not None else {}
+
+        def tick(done: int, _: int) -> None:
+            if progress is not None:
+                progress(number * self.config.steps + done, self.steps)
+
+        images = self._climb(batch, tick, plateau)
+        stopped = {} if plateau is None else plateau.stopped
         steps = tuple(stopped.get(place, self.config.steps) for place in range(len(batch.seeds)))
         return Perturbed(images=images.detach(), steps=steps)
 
     def _plateau(self, batch: Batch) -> Plateau:
+        """The rule over this batch, by the method's own objective at few draws."""
         draws = min(_PLATEAU_DRAWS, self.config.eval_draws)
         judge = type(self)(self.config.replace(eval_draws=draws), self.model)
 
@@ -78,7 +83,3 @@ class PgdProtector(ImageProtector[SearchConfigT, ModelT]):
         saved, finite = self._saved(images, batch)
         values = self._objective(saved, batch)
         return torch.where(finite & values.isfinite(), values, -torch.inf)
-
-
-def _shifted(progress: Progress, done: int, total: int) -> Callable[[int, int], None]:
-    return lambda step, _: progress(done + step, total)

@@ -165,7 +165,7 @@ def test_restarts_keep_the_best_of_each_image(name: str, models: dict[type, Any]
     runs: list[tuple[tuple[int, ...], Tensor]] = []
     climb = protector._climb
 
-    def spy(batch: Batch, progress: Progress | None, plateau: Plateau | None) -> Tensor:
+    def spy(batch: Batch, progress: Progress, plateau: Plateau | None) -> Tensor:
         runs.append((batch.seeds, climb(batch, progress, plateau)))
         return runs[-1][1]
 
@@ -189,7 +189,7 @@ def test_a_start_that_fails_loses_to_one_that_does_not(models: dict[type, Any]) 
     protector = build("pid", models, restarts=2)
     climb, number = protector._climb, iter(range(2))
 
-    def ill_at_first(batch: Batch, progress: Progress | None, plateau: Plateau | None) -> Tensor:
+    def ill_at_first(batch: Batch, progress: Progress, plateau: Plateau | None) -> Tensor:
         images = climb(batch, progress, plateau)
         images[next(number)] = torch.nan
         return images
