@@ -72,7 +72,7 @@ class APDM(LearningToProtect[APDMConfig]):
     presets: ClassVar[Mapping[str, APDMConfig]] = {
         "paper": APDMConfig(),
         "fast": APDMConfig(
-            steps=40,
+            steps=60,
             rate=2e-4,
             inner_steps=10,
             attacker_rates=(2e-4,),

@@ -105,6 +105,15 @@ def test_the_attacker_takes_adamw_steps_on_his_own_loss_from_the_protected_weigh
     assert result.facts.curves["personalization"][0] > 0
 
 
+def test_each_attack_starts_at_the_protected_weights_which_moved_once(model: DiffusionModel) -> None:
+    watched, _ = run(model)
+    first, second = watched.starts
+    assert all(torch.equal(a, b) for a, b in zip(first, model.unet.parameters(), strict=True))
+    moved = adamw_once(first, watched.gradients[0], RATE)
+    changes = [[a - b for a, b in zip(ends, first, strict=True)] for ends in (second, moved)]
+    assert distance(*changes) < 1e-3
+
+
 def test_the_leak_adds_exactly_the_attackers_gradients(model: DiffusionModel, lessons: list[tuple[Any, ...]]) -> None:
     plain, _ = run(model, steps=1)
     expected = personal64(model, lessons)
