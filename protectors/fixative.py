@@ -15,8 +15,6 @@ from protectors.base import Batch
 from protectors.config import PgdConfig, require
 from protectors.constraints import LEVELS
 from protectors.diffusion import DiffusionModel
-from protectors.mist import fused_loss, pattern_latents
-from protectors.objectives import draw, embed_prompts
 from protectors.pgd import PgdPlan, Places, Plateau, Progress, pgd, start_of
 from protectors.randomness import streams
 from protectors.search import PgdProtector
@@ -29,36 +27,24 @@ _FULL_CONTRAST = 12.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FixativeConfig(PgdConfig):
-    """Fields of ``PgdConfig``, the terms of the loss, what the image goes through, and how a change looks."""
+    """Fields of ``PgdConfig``, what the image goes through before it is encoded, and how a change looks."""
 
-    # Weight of the denoising loss beside the distance of the latents; both are means over latent elements. On nano-sd
-    # Mist's 0.61 changed nothing that survives, and costs a UNet pass per copy.
-    denoising_weight: float = 0.0
-    # Side in pixels of one square of the pattern that the latents are pulled to, as in Mist.
-    cell: int = 4
     # One step of this many sees the image after transforms and then the VAE to pixels and back, as purifiers of the
-    # latent kind leave it; the others see it after transforms alone. In one sum of both losses the gradient of the
-    # second kind drowns the first; momentum adds steps at equal size.
+    # latent kind leave it; the others see it after transforms alone. They take turns because in a sum of both losses
+    # the gradient of the second kind drowns the first.
     purify_every: int = 2
     # Probability of each transform, and how far it goes; see ``Transforms``.
-    chance: float = 0.7
+    chance: float = 0.5
     resize_low: float = 0.5
     blur_size: int = 5
     noise_levels: float = 4.0
     jpeg_low: int | None = 60
-    # Share of the steps before in the direction of a step.
-    momentum: float = 0.9
     # Share of the budget in areas without any contrast; 1 treats all areas alike.
-    flat_share: float = 0.6
-    # Text for images that come without one.
-    prompt: str = "a photo"
+    flat_share: float = 0.8
 
     def check(self) -> None:
         PgdConfig.check(self)
-        require(self.denoising_weight >= 0, "denoising_weight", self.denoising_weight, "use 0 or more")
-        require(self.cell >= 1, "cell", self.cell, "use 1 or more (pixels)")
         require(self.purify_every >= 1, "purify_every", self.purify_every, "use 1 (all steps) or more")
-        require(0 <= self.momentum < 1, "momentum", self.momentum, "use 0 to less than 1")
         require(0 < self.flat_share <= 1, "flat_share", self.flat_share, "use more than 0, at most 1 (no shaping)")
         _ = self.transforms  # refuses values that cannot work
 
@@ -75,14 +61,13 @@ class FixativeConfig(PgdConfig):
 
 
 class Fixative(PgdProtector[FixativeConfig, DiffusionModel]):
-    """Pulls the latents towards a loud pattern, of the image as it is after the attacker has cleaned it.
+    """Drives the latents away from the original's, of the image as it is after the attacker has cleaned it.
 
-    No paper; its parts are known: Mist's fused loss (https://arxiv.org/abs/2305.12683), expectation over transforms
-    (https://arxiv.org/abs/1707.07397), momentum (https://arxiv.org/abs/1710.06081). J = E over T of mean (z(D(E(T(x))))
-    - z(y))^2 in one step of ``purify_every``, without D(E(.)) in the others, minimised: T are random resampling, blur,
-    noise, JPEG, and D(E(.)) is the VAE to pixels and back, which purifiers of the latent kind begin and end with.
-    Mist's term, - lambda || eps_theta(z_t, t, c) - n ||^2, can be added. With ``flat_share`` below 1 a change uses less
-    of the budget where the image is flat, and an eye would see it first.
+    No paper; its parts are known: the distance of PID (https://arxiv.org/abs/2406.15305), and expectation over
+    transforms (https://arxiv.org/abs/1707.07397). J = E over T of mean (z(D(E(T(x)))) - z(x0))^2 in one step of
+    ``purify_every``, without D(E(.)) in the others, maximised: T are random resampling, blur, noise, JPEG, and D(E(.))
+    is the VAE to pixels and back, which purifiers of the latent kind begin and end with. With ``flat_share`` below 1 a
+    change uses less of the budget where the image is flat, and an eye would see it first.
 
     Distance: l_inf, ``config.eps_levels`` 8-bit levels of the saved pixels.
 
@@ -94,19 +79,19 @@ class Fixative(PgdProtector[FixativeConfig, DiffusionModel]):
         the output has the same shape.
 
     Returns:
-        ``ProtectResult``; the objective is minus J, over ``eval_draws`` fixed draws.
+        ``ProtectResult``; the objective is J over ``eval_draws`` fixed draws. Prompts are ignored.
 
     Raises:
         ValueError: bad input or configuration. ModelError: the model is no ``DiffusionModel``.
 
     Cost: per step one encoder pass, forward and backward; one step of ``purify_every`` takes another and one of the
-        decoder. The denoising term adds a pass of the UNet.
+        decoder. No UNet, no text encoder.
 
     Differs from the paper: there is none.
     """
 
     name = "fixative"
-    version = "2"
+    version = "3"
     config_type = FixativeConfig
     model_type = DiffusionModel
     presets: ClassVar[Mapping[str, FixativeConfig]] = {
@@ -117,27 +102,23 @@ class Fixative(PgdProtector[FixativeConfig, DiffusionModel]):
 
     def _climb(self, batch: Batch, progress: Progress, plateau: Plateau | None) -> Tensor:
         generators = streams(batch.seeds, "fixative/attack")
-        embeddings = embed_prompts(self.model, batch, self.config.prompt)
-        target = pattern_latents(self.model, batch.originals, self.config.cell)
+        clean = self._clean(batch)
         limits = visibility(batch.originals, self.config.flat_share)
+        purify = self._purify()
 
         def shaped(images: Tensor, places: Places) -> Tensor:
             originals = batch.originals[places]
             return originals + limits[places] * (images - originals)
 
-        purify = self._purify()
-
         def loss(images: Tensor, places: Places) -> Tensor:
             active = [generators[place] for place in places]
-            return self._loss(images, target, embeddings[places], active, purify=next(purify))
+            return self._distance(images, clean[places], active, purify=next(purify))
 
-        plan = PgdPlan.of(self.config, ascend=False, momentum=self.config.momentum)
-        start = start_of(self.config, batch.originals, generators)
         return pgd(
             loss,
             batch.originals,
-            plan,
-            start=start,
+            PgdPlan.of(self.config, ascend=True),
+            start=start_of(self.config, batch.originals, generators),
             masks=batch.masks,
             shown=shaped,
             progress=progress,
@@ -146,31 +127,25 @@ class Fixative(PgdProtector[FixativeConfig, DiffusionModel]):
 
     def _objective(self, images: Tensor, batch: Batch) -> Tensor:
         generators = streams(batch.seeds, "fixative/evaluation")
-        embeddings = embed_prompts(self.model, batch, self.config.prompt)
-        target = pattern_latents(self.model, images, self.config.cell)
+        clean = self._clean(batch)
         purify = itertools.islice(self._purify(), self.config.eval_draws)
-        losses = [self._loss(images, target, embeddings, generators, purify=each) for each in purify]
-        return -torch.stack(losses).mean(0)
+        return torch.stack([self._distance(images, clean, generators, purify=each) for each in purify]).mean(0)
 
     def _purify(self) -> Iterator[bool]:
         """Step by step, whether it sees the image after the VAE."""
         return itertools.cycle([True] + [False] * (self.config.purify_every - 1))
 
-    def _loss(
-        self,
-        images: Tensor,
-        target: Tensor,
-        embeddings: Tensor,
-        generators: Sequence[torch.Generator],
-        *,
-        purify: bool,
+    def _distance(
+        self, images: Tensor, clean: Tensor, generators: Sequence[torch.Generator], *, purify: bool
     ) -> Tensor:
         picture = self.config.transforms.draw(images, generators)(images)
         if purify:
             picture = round_trip(self.model, picture)
-        draws = draw(self.model, images, generators)
-        latents = self.model.latents(self.model.encode_moments(picture), draws.posterior)
-        return fused_loss(self.model, latents, target, embeddings, draws, weight=self.config.denoising_weight)
+        return (self.model.mean_latents(picture) - clean).square().flatten(1).mean(1)
+
+    @torch.no_grad()
+    def _clean(self, batch: Batch) -> Tensor:
+        return self.model.mean_latents(batch.originals)
 
 
 def round_trip(model: DiffusionModel, images: Tensor) -> Tensor:

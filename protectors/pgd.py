@@ -25,8 +25,6 @@ Schedule = Callable[[int, int], float]
 Progress = Callable[[int, int], None]
 """(steps done, steps in all); called after each step, and at the end if it comes early."""
 
-_TINY = 1e-30  # keeps a gradient that is zero everywhere from being divided by zero
-
 
 def constant(step: int, steps: int) -> float:
     """The schedule that keeps the step length."""
@@ -55,11 +53,9 @@ class PgdPlan:
     steps: int
     ascend: bool
     schedule: Schedule = constant
-    # Share of the steps before in the direction of a step (MI-FGSM, https://arxiv.org/abs/1710.06081); 0 forgets them.
-    momentum: float = 0.0
 
     @classmethod
-    def of(cls, config: PgdConfig, *, ascend: bool, momentum: float = 0.0) -> Self:
+    def of(cls, config: PgdConfig, *, ascend: bool) -> Self:
         """The plan that a method's configuration asks for."""
         return cls(
             eps_levels=config.eps_levels,
@@ -67,7 +63,6 @@ class PgdPlan:
             steps=config.steps,
             ascend=ascend,
             schedule=SCHEDULES[config.schedule],
-            momentum=momentum,
         )
 
 
@@ -152,7 +147,6 @@ def pgd(
     grey = is_grey(originals)
     delta = torch.zeros_like(originals) if start is None else torch.where(grey, start[:, :1], start)
     delta = _confine(delta, originals, plan.eps_levels, masks)
-    memory = torch.zeros_like(originals)
     places = list(range(len(originals)))
     for step in range(plan.steps):
         if plateau is not None:
@@ -163,9 +157,6 @@ def pgd(
         (gradient,) = torch.autograd.grad(loss(shown(images, places), places).sum(), images)
         length = direction * plan.step_levels * plan.schedule(step, plan.steps) / LEVELS
         gradient = torch.where(grey[places], gradient.mean(1, keepdim=True), gradient)
-        if plan.momentum > 0:
-            unit = gradient / gradient.abs().mean((1, 2, 3), keepdim=True).clamp(min=_TINY)
-            gradient = memory[places] = plan.momentum * memory[places] + unit
         moved = delta[places] + length * _sign(gradient)
         delta[places] = _confine(moved, originals[places], plan.eps_levels, None if masks is None else masks[places])
         if progress is not None:

@@ -92,29 +92,6 @@ def test_streams_depend_on_all_bits_and_on_the_purpose() -> None:
     assert torch.equal(normal(streams([7, 0], "a"), (4,))[1], draws[0][0])
 
 
-def test_momentum_outlives_a_gradient_that_turns_around() -> None:
-    originals = torch.full((2, 3, 4, 4), 0.5)
-
-    def run(momentum: float) -> Tensor:
-        factors = itertools.cycle([1.0, -0.5])
-
-        def loss(images: Tensor, places: Places) -> Tensor:
-            weights = torch.tensor([1.0, 100.0]) * next(factors)  # the scale of a loss does not count
-            return weights * images.flatten(1).sum(1)
-
-        plan = PgdPlan(eps_levels=8, step_levels=1, steps=4, ascend=True, momentum=momentum)
-        return (pgd(loss, originals, plan) - originals) * 255
-
-    assert run(0.0).abs().max() < 1e-3
-    torch.testing.assert_close(run(1.0), torch.full_like(originals, 2.0), atol=1e-3, rtol=0)
-
-
-def test_momentum_stands_still_where_there_is_no_gradient() -> None:
-    originals = torch.full((1, 3, 4, 4), 0.5)
-    plan = PgdPlan(eps_levels=8, step_levels=1, steps=3, ascend=True, momentum=0.9)
-    assert torch.equal(pgd(lambda images, step: 0 * images.flatten(1).sum(1), originals, plan), originals)
-
-
 def test_schedules_begin_at_one_and_fall() -> None:
     factors = {name: [schedule(step, 50) for step in range(50)] for name, schedule in SCHEDULES.items()}
     assert {values[0] for values in factors.values()} == {1.0}
@@ -138,7 +115,7 @@ def towards_goals(images: Tensor, places: Places) -> Tensor:
 def test_images_stop_one_by_one_at_what_as_many_steps_alone_give() -> None:
     originals = torch.full((3, 3, 4, 4), 0.5)
     start = uniform_start(originals, 0.5, streams([1, 2, 3], "test"))
-    long = PgdPlan(eps_levels=64, step_levels=1, steps=30, ascend=True, momentum=0.5)
+    long = PgdPlan(eps_levels=64, step_levels=1, steps=30, ascend=True)
     seen: list[Places] = []
 
     def loss(images: Tensor, places: Places) -> Tensor:
@@ -156,7 +133,7 @@ def test_images_stop_one_by_one_at_what_as_many_steps_alone_give() -> None:
     assert [sum(place in places for places in seen) for place in range(3)] == steps
     assert calls == [(step + 1, 30) for step in range(30)]
     for place, taken in enumerate(steps):
-        alone = PgdPlan(eps_levels=64, step_levels=1, steps=taken, ascend=True, momentum=0.5)
+        alone = PgdPlan(eps_levels=64, step_levels=1, steps=taken, ascend=True)
         one = slice(place, place + 1)
         expected = pgd(lambda x, _, p=place: towards_goals(x, [p]), originals[one], alone, start=start[one])
         assert torch.equal(images[one], expected)

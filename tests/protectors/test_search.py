@@ -36,7 +36,7 @@ KEYS = {
     "antipure": "c74315db47225704",
     "aspl": "050acd0a10fd25bd",
     "diffusion_guard": "c955353b4baea1e0",
-    "fixative": "68c0ec94126a0a01",
+    "fixative": "a155972d288a7813",
     "fsmg": "3a5eb10f519b661a",
     "metacloak": "4f4461fb23509099",
     "mist": "7a29251ae172cb5b",
