@@ -61,6 +61,11 @@ class CachedConcept:
     """sha256 of each image and of its positive."""
 
 
+def image_digests(images: Tensor) -> list[str]:
+    """sha256 of the 8-bit values of each image ``(N, 3, H, W)`` in [0, 1]: how provenance names it."""
+    return [_digest((image * LEVELS).round().to(torch.uint8)) for image in to_8bit(images.detach())]
+
+
 def attacker_words(class_word: str, identifiers: Sequence[str], templates: Sequence[str]) -> tuple[Words, ...]:
     """Every template with every identifier."""
     return tuple(
@@ -86,7 +91,7 @@ def cache_concept(
     """
     _check(model, concept)
     images = to_8bit(concept.images.detach().to(model.device))
-    names = [_digest((image * LEVELS).round().to(torch.uint8)) for image in images]
+    names = image_digests(images)
     order = sorted(range(len(images)), key=names.__getitem__)
     images = images[order]
     parts = [model.encode_moments(part) for part in torch.split(images, _ENCODED_TOGETHER)]

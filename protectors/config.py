@@ -94,7 +94,9 @@ class SearchConfig(ProtectorConfig):
         ProtectorConfig.check(self)
         require(self.steps >= 1, "steps", self.steps, "use 1 or more")
         require(self.eval_draws >= 1, "eval_draws", self.eval_draws, "use 1 or more")
-        require(self.patience >= 0, "patience", self.patience, "use 0 (off) or more (steps)")
+        # Nothing stops before it has been measured twice.
+        fits = 0 <= 2 * self.patience < self.steps
+        require(fits, "patience", self.patience, f"use less than half of the steps ({self.steps}), or 0 (off)")
         require(self.restarts >= 1, "restarts", self.restarts, "use 1 or more")
         again = self.restarts == 1 or self.random_start
         require(again, "restarts", self.restarts, "use 1, or random_start: every start must be another")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
@@ -144,15 +144,23 @@ def model_digest(path_or_id: str) -> str:
     not loaded do not. Reads all weights from disk.
     """
     folder = resolve_folder(path_or_id)
-    files = [folder / MODEL_INDEX]
-    for part in _PARTS:
-        files += [file for file in (folder / part).glob("*") if _defines(file)]
     total = hashlib.sha256()
-    for file in sorted(files, key=lambda file: file.relative_to(folder).as_posix()):
+    for file in defining_files(folder, _PARTS):
         with file.open("rb") as stream:
             content = hashlib.file_digest(stream, "sha256").hexdigest()
         total.update(f"{file.relative_to(folder).as_posix()}\0{content}\n".encode())
     return total.hexdigest()
+
+
+def defining_files(folder: Path, parts: Iterable[str]) -> list[Path]:
+    """The model's index and every file of these components that defines them, sorted by relative name.
+
+    Text and safetensors; no pickle files, and no precision variants.
+    """
+    files = [folder / MODEL_INDEX]
+    for part in parts:
+        files += [file for file in (folder / part).glob("*") if _defines(file)]
+    return sorted(files, key=lambda file: file.relative_to(folder).as_posix())
 
 
 def model_base_size(path_or_id: str, form: Form = "latent text-to-image") -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from protectors.base import Batch
+from protectors.config import LATE, SearchConfig
 from protectors.diffusion import DiffusionModel, load_model
 from protectors.inpainting import InpaintingModel, load_inpainting_model
 from protectors.pgd import Places, Plateau, Progress
@@ -229,6 +231,20 @@ def test_keys_of_stored_results_stay(name: str) -> None:
     presets = protector_class(name).presets
     text = "\n".join(f"{preset} {config.canonical_json()}" for preset, config in sorted(presets.items()))
     assert hashlib.sha256(text.encode()).hexdigest()[:16] == KEYS[name]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_late_fields_keep_their_defaults_because_keys_leave_them_out(name: str) -> None:
+    late = {each.name: each.default for each in fields(protector_class(name).config_type) if each.metadata == LATE}
+    expected = {"patience": 0, "restarts": 1, "schedule": "linear" if name == "photoguard" else "constant"}
+    assert late == expected
+
+
+def test_a_patience_with_which_nothing_could_stop_is_refused() -> None:
+    for patience in (5, 60, -1):
+        with pytest.raises(ValueError, match=f"patience={patience}: use less than half of the steps"):
+            SearchConfig(steps=10, patience=patience)
+    assert SearchConfig(steps=10, patience=4).patience == 4
 
 
 @pytest.mark.parametrize("name", NAMES)
