@@ -1,0 +1,100 @@
+"""The folder of a protected model: the given one's files, another UNet, and how that came about."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import shutil
+import uuid
+from pathlib import Path
+from typing import Any
+
+from diffusers.utils.constants import SAFETENSORS_WEIGHTS_NAME
+from matplotlib.figure import Figure
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from pipeline.errors import PipelineError
+from pipeline.protect_model.card import model_card
+from pipeline.protect_model.plan import PROVENANCE, ModelPlan
+from pipeline.storage import json_bytes
+from protectors.model_base import Curves, ProtectedModel
+from protectors.model_files import MODEL_INDEX, defining_files, model_digest, read_json
+
+_UNET = "unet"
+# The base model's licence binds whoever passes it on.
+_LEGAL = ("license", "notice")
+
+
+def publish(plan: ModelPlan, protected: ProtectedModel) -> None:
+    """Writes the folder whole or not at all: beside it first, then under its name.
+
+    A kill leaves a hidden folder beside it, which is never taken for a model.
+
+    Raises:
+        PipelineError: it cannot be written.
+    """
+    out = plan.job.out
+    part = out.with_name(f".{out.name}-{uuid.uuid4().hex[:8]}")
+    try:
+        part.mkdir(parents=True)
+        _copy(plan.folder, part)
+        weights = part / _UNET / SAFETENSORS_WEIGHTS_NAME
+        save_file({name: weight.contiguous() for name, weight in protected.weights.items()}, weights, {"format": "pt"})
+        document = provenance(plan, protected, part, weights)
+        (part / "curves.png").write_bytes(_drawn(protected.facts.curves))
+        (part / "README.md").write_text(model_card(plan, document), encoding="utf-8")
+        (part / PROVENANCE).write_bytes(json_bytes(document))
+        part.replace(out)
+    except (OSError, SafetensorError) as error:
+        raise PipelineError(f"{out} cannot be written: {error}; the checkpoints stay, run it again") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def provenance(plan: ModelPlan, protected: ProtectedModel, folder: Path, weights: Path) -> dict[str, Any]:
+    """Everything about the model that is not a weight. Images are named by hashes; there is no clock in it."""
+    facts = protected.facts
+    with weights.open("rb") as stream:
+        unet = hashlib.file_digest(stream, "sha256").hexdigest()
+    return {
+        **plan.run_facts(),
+        "base_model": plan.base_name,
+        "preset": plan.preset,
+        "pairs": [
+            {
+                "class_word": concept.class_word,
+                "images": [{"sha256": image, "positive_latents_sha256": positive} for image, positive in pairs],
+            }
+            for concept, pairs in zip(plan.concepts, facts.pairs, strict=True)
+        ],
+        "weights": {"digest": model_digest(str(folder)), "unet_sha256": unet, "dtype": "float32"},
+        "facts": {"updates": facts.steps, "drift": facts.drift, "largest_change": facts.largest_change},
+        "curves": {name: list(curve) for name, curve in facts.curves.items()},
+    }
+
+
+def _copy(base: Path, folder: Path) -> None:
+    """Copies every component as it is, but the UNet's weights: theirs would undo the protection, in any format."""
+    index = read_json(base / MODEL_INDEX)
+    parts = [name for name, value in index.items() if isinstance(value, list) and (base / name).is_dir()]
+    files = defining_files(base, [part for part in parts if part != _UNET])
+    legal = [file for file in base.iterdir() if file.is_file() and file.name.lower().startswith(_LEGAL)]
+    for file in [*files, *legal, base / _UNET / "config.json"]:
+        copy = folder / file.relative_to(base)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, copy)
+
+
+def _drawn(curves: Curves) -> bytes:
+    """Every logged value over the updates, one panel each."""
+    figure = Figure(figsize=(7, 2 * len(curves)), layout="constrained")
+    for place, (name, values) in enumerate(curves.items()):
+        axes = figure.add_subplot(len(curves), 1, place + 1)
+        axes.plot(range(1, len(values) + 1), values, marker="." if len(values) < 30 else "")
+        axes.set_ylabel(name)
+        axes.grid(alpha=0.3)
+    axes.set_xlabel("update")
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=110)
+    return file.getvalue()
