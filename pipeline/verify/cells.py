@@ -27,7 +27,9 @@ def build_tables(
     gates: Mapping[tuple[str, str], Sequence[Gate]] | None = None,
     plan: Plan | None = None,
 ) -> list[Table]:
-    """One table per attack and asked metric, with Holm's correction over the rows of all of them.
+    """One table per attack and asked metric, with Holm's correction over the rows of all primary ones.
+
+    Those of the other metrics are corrected among themselves: what is measured beside takes no verdict away.
 
     Args:
         scores: of all attacks, metrics, cells and units; their order does not matter, and metrics that are not
@@ -141,13 +143,15 @@ def _gated(table: Table, given: Sequence[Gate]) -> Table:
 
 
 def _judged(tables: Sequence[Table]) -> list[Table]:
-    """Adds verdicts. Every row is a secondary claim; of the worst cases only the primary metric's is not corrected."""
-    rows = [row for table in tables for row in _claims(table)]
-    corrected = iter(holm([row.claim_p for row in rows if row.claim_p is not None]))
-    judged = []
-    for table in tables:
-        claimed = {row.purifier: next(corrected) for row in _claims(table)}
-        judged.append(_with_verdicts(table, claimed))
+    """Adds verdicts: the rows of the primary metric are one family of claims, those of all others another."""
+    judged = list(tables)
+    for primary in (True, False):
+        places = [place for place, table in enumerate(tables) if table.question.primary is primary]
+        p_values = [row.claim_p for place in places for row in _claims(tables[place]) if row.claim_p is not None]
+        corrected = iter(holm(p_values))
+        for place in places:
+            claimed = {row.purifier: next(corrected) for row in _claims(tables[place])}
+            judged[place] = _with_verdicts(tables[place], claimed)
     return judged
 
 

@@ -85,7 +85,7 @@ class Row:
     seed_deviation: float | None = None
     # Exact two-sided p-value of B - D = 0 by sign flips; with fewer than ten units only.
     sign_flip_p: float | None = None
-    # One-sided p-value of B - D <= delta by sign flips, and after Holm over all rows of all tables.
+    # One-sided p-value of B - D <= delta by sign flips, and after Holm over all rows of its family.
     claim_p: float | None = None
     claim_p_holm: float | None = None
     verdict: Verdict | None = None

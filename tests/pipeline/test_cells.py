@@ -304,19 +304,24 @@ def test_three_seeds_are_resampled_too_and_their_spread_is_shown() -> None:
     assert only_table(planted(FOUR)).rows[1].seed_deviation is None
 
 
-def test_secondary_claims_are_corrected_and_the_primary_worst_case_is_not() -> None:
-    scores = planted(FOUR)
-    many = [replace(score, metric=f"m{number}") for number in range(40) for score in scores]
-    questions = [IDENTITY, *(Question(metric=f"m{number}") for number in range(40))]
-    tables = build_tables(scores + many, questions, plan=FAST)
+def test_secondary_metrics_take_no_verdict_from_the_primary_one() -> None:
+    """Ten units and six purifiers: alone they just hold, and whatever is measured beside must not change it."""
+    rows = {(cell, f"p{n}"): 0.7 if cell is PURIFIED else 0.5 for n in range(6) for cell in (PURIFIED, BOTH)}
+    without = {(CLEAN, "none"): 0.8, (PROTECTED, "none"): 0.4, (FLOOR, "none"): 0.2, (CEILING, "none"): 0.9}
+    scores = planted({**without, **rows}, units=10)
+    many = [replace(score, metric=f"m{number}") for number in range(4) for score in scores]
+    questions = [IDENTITY, *(Question(metric=f"m{number}") for number in range(4))]
     alone = only_table(scores)
-    assert alone.rows[1].claim_p == tables[0].rows[1].claim_p
-    assert (alone.rows[1].claim_p_holm or 1) < (tables[0].rows[1].claim_p_holm or 0)
-    assert alone.rows[1].verdict is Verdict.SHOWN
-    assert tables[0].rows[1].verdict is Verdict.UNRESOLVED, "123 claims of 12 units"
-    assert tables[0].summary is not None
-    assert tables[1].summary is not None
-    assert (tables[0].summary.verdict, tables[1].summary.verdict) == (Verdict.SHOWN, Verdict.UNRESOLVED)
+    tables = build_tables(many + scores, questions, plan=FAST)
+    assert tables[0] == alone
+    assert [row.claim_p_holm for row in alone.rows] == pytest.approx([7 / 1024] * 7)
+    assert {row.verdict for row in alone.rows} == {Verdict.SHOWN}
+    # The others pay for their own number: four times seven claims.
+    for table in tables[1:]:
+        assert [row.claim_p_holm for row in table.rows] == pytest.approx([28 / 1024] * 7)
+        assert {row.verdict for row in table.rows} == {Verdict.UNRESOLVED}
+        assert table.summary is not None
+        assert table.summary.verdict is Verdict.UNRESOLVED
 
 
 def test_questions_and_scores_that_make_no_sense_are_refused() -> None:
