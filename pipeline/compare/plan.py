@@ -18,8 +18,9 @@ from pipeline.errors import UserError
 from pipeline.ids import asset_seed, fingerprint
 from pipeline.job import code_version, model_folder
 from pipeline.verify.attack_models import AttackModels, ModelKind, ModelMissing, with_embedded
-from pipeline.verify.campaign import DECIDING, folder_digest
+from pipeline.verify.campaign import DECIDING
 from pipeline.verify.customizers import CUSTOMIZERS, customizer
+from pipeline.verify.digest import folder_digest
 from pipeline.verify.editors import EDITORS
 from pipeline.verify.purifiers import PURIFIERS, check_purifiers
 from pipeline.verify.scores import NO_PURIFIER, Cell

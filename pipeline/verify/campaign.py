@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +22,7 @@ from pipeline.plan import BINDING_KEY, Shard, load_index
 from pipeline.storage import Store, check_conditional_writes, get_json, in_parallel, open_store
 from pipeline.verify.attack_models import AttackModels, ModelKind, ModelMissing, with_embedded
 from pipeline.verify.customizers import customizer
+from pipeline.verify.digest import folder_digest
 from pipeline.verify.edit_trial import EDIT_METRIC, EditTrial
 from pipeline.verify.editors import EDITORS
 from pipeline.verify.editors.base import Edit
@@ -171,17 +171,6 @@ def own_facts() -> list[Facts]:
         Facts(name=METRIC, better="down", how=alike, weights=nano_embed),
         Facts(name=EDIT_METRIC, better="down", how=kept),
     ]
-
-
-def folder_digest(folder: Path) -> str:
-    """SHA-256 over the sorted relative names and contents of all JSON, text and safetensors files of a checkpoint."""
-    total = hashlib.sha256()
-    files = {file.relative_to(folder).as_posix(): file for kind in ("json", "txt", "safetensors")
-             for file in folder.rglob(f"*.{kind}")}  # fmt: skip
-    for name, file in sorted(files.items()):
-        with file.open("rb") as stream:
-            total.update(f"{name}\0{hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
-    return total.hexdigest()
 
 
 def _destination(config: VerifyConfig) -> Store:

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from pipeline.verify.metrics.base import weights_digest
+from pipeline.verify.digest import folder_digest
 from pipeline.verify.metrics.perceptual import AlexNetTrunk
 from tests.e2e.command import fixative
 
@@ -46,8 +46,8 @@ def test_numbers_with_their_weights_and_reasons(tmp_path: Path) -> None:
     assert numbers["linf_levels"]["value"] == 3
     assert len(numbers["lpips"]["values"]) == 2
     assert numbers["lpips"]["value"] > 0
-    assert numbers["lpips"]["weights"] == weights_digest(alexnet)
-    assert weights_digest(alexnet)[:12] in result.out
+    assert numbers["lpips"]["weights"] == folder_digest(alexnet)
+    assert folder_digest(alexnet)[:12] in result.out
     assert "dino_i: absent, because no weights given: --metric dino=FOLDER" in result.out
     assert "nano_embed_i: absent, because no photos given" in result.out
     assert {entry["name"] for entry in document["absent"]}.isdisjoint(numbers)

@@ -23,7 +23,8 @@ from pipeline.plan import Shard
 from pipeline.shard_index import schema_to_text
 from pipeline.storage import StorageOptions, open_store
 from pipeline.verify import campaign
-from pipeline.verify.campaign import Campaign, Target, folder_digest, plan_campaign
+from pipeline.verify.campaign import Campaign, Target, plan_campaign
+from pipeline.verify.digest import folder_digest
 from pipeline.verify.editors import EDITORS
 from pipeline.verify.editors.drawn_cases import write_case_set
 from pipeline.verify.metrics.perceptual import AlexNetTrunk
@@ -352,6 +353,10 @@ def test_a_digest_changes_with_every_defining_file_and_its_name(tmp_path: Path) 
     assert len(found) == 6
     (tmp_path / "preview.png").write_text("1")
     assert folder_digest(tmp_path) in found
+    # Stored comparisons and verifications are named by it.
+    assert (
+        folder_digest(reference_path(NANO_EMBED)) == "8fd7351d4a3a7b7fe55799cac7b50501209ae2372810c0f31d0291eaf5b105de"
+    )
 
 
 # --- The laboratory bench

@@ -23,7 +23,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
 from pipeline.errors import UserError
 from pipeline.verify.embed import Embedder, mean_similarity
-from pipeline.verify.metrics.base import Against, Facts, Metric, Outcome, Reference, measure, weights_digest
+from pipeline.verify.metrics.base import Against, Facts, Metric, Outcome, Reference, measure
 from pipeline.verify.metrics.distribution import FEWEST, cmmd, kid
 from pipeline.verify.metrics.faces import FaceIdentity, detector_gate, face_figures
 from pipeline.verify.metrics.fidelity import Colour, PixelChange, Structure, flat_blocks
@@ -252,13 +252,6 @@ def test_what_is_asked_for_is_there_or_refused(clip: Path, monkeypatch: pytest.M
     ):
         with pytest.raises(UserError, match=message):
             chosen_metrics(asked)
-
-
-def test_weights_are_named_by_content(clip: Path, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    before = weights_digest(tmp_path)
-    (tmp_path / "config.json").write_text("{ }")
-    assert len({before, weights_digest(tmp_path), weights_digest(clip)}) == 3
 
 
 # Failures.

@@ -13,7 +13,8 @@ from scipy.linalg import sqrtm
 from skimage import data
 from torch import Tensor, nn
 
-from pipeline.verify.metrics.base import Against, weights_digest
+from pipeline.verify.digest import folder_digest
+from pipeline.verify.metrics.base import Against
 from pipeline.verify.metrics.frechet import fid, fid_facts, frechet_distance
 from pipeline.verify.metrics.inception import Inception, InceptionNetwork, resized
 from pipeline.verify.metrics.perceptual import HEADS, AlexNetTrunk, Lpips
@@ -89,7 +90,7 @@ def test_lpips_grows_with_the_change_and_names_its_weights(alexnet: Path) -> Non
     ]
     assert 0 < scores[0] < scores[1] < scores[2]
     (facts,) = metric.facts
-    assert facts.weights == weights_digest(alexnet)
+    assert facts.weights == folder_digest(alexnet)
     assert facts.licence == "of the given weights"
 
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
-from pathlib import Path
 from typing import Any, ClassVar, Literal, final
 
 import torch
@@ -157,11 +155,3 @@ def measure(metric: Metric, images: Tensor, against: Against | None = None) -> d
 
 def _outcome(value: float) -> Outcome:
     return Outcome(value=value) if math.isfinite(value) else Outcome(value=None, error=f"the score is {value}")
-
-
-def weights_digest(folder: Path) -> str:
-    """sha256 over names and contents of a model folder's JSON, text and safetensors files."""
-    digest = hashlib.sha256()
-    for file in sorted(file for kind in ("*.json", "*.txt", "*.safetensors") for file in folder.glob(kind)):
-        digest.update(f"{file.name}\0{hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
-    return digest.hexdigest()

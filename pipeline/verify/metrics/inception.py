@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.verify.metrics.base import weights_digest
+from pipeline.verify.digest import folder_digest
 from pipeline.verify.metrics.checkpoint import load_weights
 
 FEATURES = 2048
@@ -218,4 +218,4 @@ class Inception:
         self.network, self.device = InceptionNetwork(), device
         load_weights(self.network, folder, SOURCE)
         self.network.to(device)
-        self.weights = weights_digest(folder)
+        self.weights = folder_digest(folder)

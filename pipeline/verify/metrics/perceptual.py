@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from pipeline.verify.metrics.base import GIVEN, Against, Facts, Metric, Reference, weights_digest
+from pipeline.verify.digest import folder_digest
+from pipeline.verify.metrics.base import GIVEN, Against, Facts, Metric, Reference
 from pipeline.verify.metrics.checkpoint import load_weights
 
 HEADS = Path(__file__).with_name("lpips_alex") / "heads.safetensors"
@@ -70,7 +71,7 @@ class Lpips(Metric):
         self._trunk.to(device)
         heads = load_file(HEADS, device=device)
         self._heads = [heads[f"lin{number}.weight"] for number in range(len(_CONVOLUTIONS))]
-        self._weights, self._device = weights_digest(folder), device
+        self._weights, self._device = folder_digest(folder), device
 
     @property
     def facts(self) -> Sequence[Facts]:

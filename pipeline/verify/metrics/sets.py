@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.verify.digest import folder_digest
 from pipeline.verify.embed import Embedder
-from pipeline.verify.metrics.base import Against, Facts, Metric, Outcome, Reference, measure, weights_digest
+from pipeline.verify.metrics.base import Against, Facts, Metric, Outcome, Reference, measure
 from pipeline.verify.metrics.distribution import cmmd, kid
 from pipeline.verify.metrics.faces import FaceIdentity, detector_gate, face_figures
 from pipeline.verify.metrics.frechet import fid, fid_facts
@@ -150,7 +151,7 @@ def _distances(
     absent: list[Absent] = []
     embedder = Embedder(device=device)
     sides = [torch.cat([embedder.embed(image[None].float() / 255) for image in side]) for side in (images, others)]
-    digest = weights_digest(embedder.folder)
+    digest = folder_digest(embedder.folder)
     for name, distance in zip(names, (kid, cmmd), strict=False):
         how = f"{distance.__name__.upper()} on nano-embed; not comparable with published numbers; below 0 is noise"
         try:

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor
 
+from pipeline.verify.digest import folder_digest
 from pipeline.verify.embed import Embedder
-from pipeline.verify.metrics.base import GIVEN, Against, Facts, Licence, Metric, Reference, weights_digest
+from pipeline.verify.metrics.base import GIVEN, Against, Facts, Licence, Metric, Reference
 from protectors.model_files import ModelError
 
 
@@ -31,7 +32,7 @@ class SubjectSimilarity(Metric):
 
     def __init__(self, name: str, embedder: Embedder, *, licence: Licence = GIVEN) -> None:
         self._name, self._embedder, self._licence = name, embedder, licence
-        self._weights = weights_digest(embedder.folder)
+        self._weights = folder_digest(embedder.folder)
 
     @property
     def facts(self) -> Sequence[Facts]:
@@ -63,7 +64,7 @@ class PromptSimilarity(Metric):
         from transformers.utils import logging
 
         self._images = Embedder(folder, device=device)
-        self._weights = weights_digest(folder)
+        self._weights = folder_digest(folder)
         verbosity = logging.get_verbosity()
         logging.set_verbosity_error()  # it lists the weights of the image side, which are not wanted here
         try:
