@@ -243,7 +243,8 @@ def _result(study: Study, protected: ProtectedWeights) -> ProtectedModel:
     facts = ModelFacts(
         seed=study.seed,
         steps=protected.done,
-        curves={name: tuple(curve) for name, curve in protected.curves.items()},
+        # Sorted: after a resume they come in the order of the checkpoint's file.
+        curves={name: tuple(curve) for name, curve in sorted(protected.curves.items())},
         pairs=tuple(concept.pairs for concept in study.concepts),
         drift=_norm(changes.values()) / _norm(before.values()),
         largest_change=max(float(change.abs().max()) for change in changes.values()),

@@ -129,12 +129,9 @@ def _check_local(job: ModelJob) -> None:
     folders = {"--out": str(job.out), "--work": str(job.work_folder)}
     places = {"--concept": [source.path for source in job.concepts], **{name: [at] for name, at in folders.items()}}
     for name, paths in {**places, "MODEL": [job.model]}.items():
-        # Path() makes one slash of two.
-        if far := [path for path in paths if "://" in path or path.startswith("s3:/")]:
-            raise UserError(
-                f"{name} {far[0]}: protect-model works on folders of this machine; copy it from or to there"
-            )
-    if job.out.resolve() == job.work_folder.resolve() or same_or_nested(*folders.values()):
+        if far := [path for path in paths if _URL.match(path)]:
+            raise UserError(f"{name} {far[0]}: protect-model reads and writes on this machine alone; name a local path")
+    if same_or_nested(*folders.values()):
         raise UserError(f"--work {job.work_folder} and --out {job.out} overlap: checkpoints would get into the model")
     for name, folder in folders.items():
         for source in job.concepts:

@@ -19,6 +19,7 @@ from protectors.diffusion import DiffusionModel, load_model
 from protectors.model_files import read_json
 from protectors.pgd import Progress
 from protectors.protected_weights import NotFiniteError
+from protectors.reference.checkpoint import CheckpointConflict
 
 
 def protect_model(plan: ModelPlan, progress: Progress | None = None) -> None:
@@ -29,7 +30,7 @@ def protect_model(plan: ModelPlan, progress: Progress | None = None) -> None:
         progress: called with (updates done, updates in all), only for updates made now.
 
     Raises:
-        UserError: the method refuses its input, or the checkpoints were made on an unlike machine.
+        UserError: the checkpoints were made on an unlike machine.
         PipelineError: the training broke down, or a folder cannot be written.
     """
     if not plan.finished:
@@ -44,8 +45,12 @@ def protect_model(plan: ModelPlan, progress: Progress | None = None) -> None:
                 checkpoint=work / "checkpoint",
                 checkpoint_every=plan.job.checkpoint_every,
             )
-        except ValueError as error:
-            raise UserError(str(error)) from error
+        except CheckpointConflict as error:
+            # The plan has compared all else; what is left is how images of the class were drawn.
+            raise UserError(
+                f"{work} was begun where numbers come out otherwise (another processor or GPU, another number of "
+                "threads): go on there, or remove it and begin again"
+            ) from error
         except NotFiniteError as error:
             raise PipelineError(f"{error}. For another rate remove {work}, or choose another --work") from error
         publish(plan, protected)

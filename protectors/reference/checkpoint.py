@@ -12,6 +12,10 @@ from torch import Tensor
 Binding = Mapping[str, str | int | float | bool | list[float]]
 
 
+class CheckpointConflict(ValueError):
+    """The checkpoint is of another training; the message says which fields differ."""
+
+
 @dataclass(slots=True)
 class Cursor:
     """Where a training stands. All random numbers are functions of these three, so nothing else is kept."""
@@ -45,7 +49,7 @@ def load_checkpoint(folder: Path, seed: int, binding: Binding) -> tuple[Cursor, 
     """Returns the last checkpoint, or None if there is none.
 
     Raises:
-        ValueError: it was made with another seed or binding; a mixture would be neither training.
+        CheckpointConflict: it was made with another seed or binding; a mixture would be neither training.
     """
     file = folder / "state.json"
     if not file.exists():
@@ -56,6 +60,6 @@ def load_checkpoint(folder: Path, seed: int, binding: Binding) -> tuple[Cursor, 
     differing = [name for name in made.keys() | wanted.keys() if made.get(name) != wanted.get(name)]
     if differing:
         change = "; ".join(f"{name} {made.get(name)}, not {wanted.get(name)}" for name in sorted(differing))
-        raise ValueError(f"{folder} holds a training with {change}: remove it, or train in another --work")
+        raise CheckpointConflict(f"{folder} holds a training with {change}: remove it, or train in another --work")
     tensors: dict[str, Tensor] = load_file(folder / facts["tensors"])
     return Cursor(seed=seed, step=facts["step"], position=facts["position"]), tensors
