@@ -1,0 +1,180 @@
+"""``fixative protect-model``: a checkpoint on which given subjects cannot be personalized."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from flows import show
+from flows.settings import overrides_of
+from pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    from pipeline.protect_model.job import ModelJob
+    from pipeline.protect_model.plan import ModelPlan
+
+app = typer.Typer()
+console = show.terminal()
+
+_what, _method, _how = (
+    partial(typer.Option, rich_help_panel=panel) for panel in ("Concepts and output", "Method", "How it runs")
+)
+
+_HELP = (
+    "Change a model's weights so that it cannot be personalized on given subjects.\n\n"
+    "For whoever hosts or publishes a model: no image is changed. The UNet is trained along simulated attacks (APDM), "
+    "so that DreamBooth on photos of the subject fails, while other things can still be drawn and learnt. "
+    "[bold]Whoever has the original weights is not hindered[/bold], and how much the new ones hinder is not measured "
+    "here.\n\n"
+    "Writes a diffusers folder: the given model with another UNet, a model card, provenance.json (digests, hashes of "
+    "the photos, configuration, seed, versions, curves) and curves.png; no photo, and nothing cut from one. It is "
+    "written whole or not at all. Checkpoints lie beside it until then: run the same command again to go on after a "
+    "stop.\n\n"
+    "The paper's preset is for real models and takes about 9 hours on an RTX A6000; fast is for the embedded ones, and "
+    "its rates would ruin a real one. Try --dry-run first.\n\n"
+    "Example: fixative protect-model ./stable-diffusion-v1-5 --concept photos-of-rex/ --class-word dog --out protected "
+    "--device cuda\n\n"
+    "Offline, minutes: fixative protect-model nano-sd --concept subjects.parquet#dog --images 4 --out protected"
+)
+
+
+@app.command("protect-model", help=_HELP)
+def protect_model(
+    model: Annotated[str, typer.Argument(help="Diffusers folder, hub id, or nano-sd: latent text to image.")],
+    concept: Annotated[
+        list[str],
+        _what(
+            "--concept",
+            help="Folder of one subject's photos, or FILE.parquet#SUBJECT with columns asset_id, image, subject, "
+            "subject_class; repeatable.",
+        ),
+    ],
+    out: Annotated[Path, _what("--out", help="Folder of the protected model; absent or empty.")],
+    class_word: Annotated[
+        list[str] | None,
+        _what(
+            "--class-word",
+            help='What a concept is, e.g. "dog": once per --concept, in their order. (Default: subject_class.)',
+        ),
+    ] = None,
+    images: Annotated[
+        int | None,
+        _what("--images", help="Use at most so many photos of each, the first by name; test with the others.", min=1),
+    ] = None,
+    method: Annotated[
+        str, _method("--method", help="apdm, or naive: the paper's negative control, which ruins the model.")
+    ] = "apdm",
+    preset: Annotated[
+        str | None, _method("--preset", help="paper, fast or strong. (Default: fast on nano-sd, else paper.)")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        _method("--set", help="Another field of the method, as name=value; repeatable. --dry-run shows them."),
+    ] = None,
+    seed: Annotated[int, _how("--seed", help="Of all random draws.", min=0)] = 0,
+    device: Annotated[str, _how("--device", help="cpu or cuda.")] = "cpu",
+    work: Annotated[
+        Path | None, _how("--work", help="Folder of checkpoints, removed at the end. (Default: OUT.training.)")
+    ] = None,
+    checkpoint_every: Annotated[
+        int, _how("--checkpoint-every", help="Updates between checkpoints of three times the UNet.", min=1)
+    ] = 10,
+    dry_run: Annotated[
+        bool, _how("--dry-run", help="Say what would be done, time two short updates, write nothing.")
+    ] = False,
+) -> None:
+    """Reads the concepts, trains, and writes the folder."""
+    from pydantic import ValidationError
+
+    from pipeline.protect_model.job import ConceptSource, ModelJob
+    from pipeline.protect_model.plan import plan_model
+
+    words = _words(concept, class_word or [])
+    sources = [ConceptSource(path=path, class_word=word) for path, word in zip(concept, words, strict=True)]
+    try:
+        job = ModelJob(
+            model=model,
+            concepts=tuple(sources),
+            out=out,
+            work=work,
+            method=method,
+            preset=preset,
+            overrides=overrides_of(overrides) or {},
+            images=images,
+            seed=seed,
+            device=device,
+            checkpoint_every=checkpoint_every,
+        )
+    except ValidationError as error:
+        raise UserError("; ".join(f"{item['loc'][0]}: {item['msg']}" for item in error.errors())) from error
+    plan = plan_model(job)  # before a server starts: a typing error should not take ten seconds
+    _show_plan(plan)
+    if plan.finished:
+        console.print(f"{out} is finished already", highlight=False, markup=False)
+    elif dry_run:
+        _show_estimate(plan)
+    else:
+        _run(job)
+
+
+def _words(concepts: Sequence[str], words: Sequence[str]) -> Sequence[str | None]:
+    if words and len(words) != len(concepts):
+        raise UserError(
+            f"{len(words)} --class-word for {len(concepts)} --concept: give one for each, in the same order"
+        )
+    return words or [None] * len(concepts)
+
+
+def _show_plan(plan: ModelPlan) -> None:
+    attacks = f", each after {plan.inner_steps} steps of a simulated attacker" if plan.inner_steps else ""
+    lines = [
+        f"model: {plan.base_name} {plan.identity['base'][:12]}, photos at {plan.side} pixels",
+        *(f"concept: {len(concept.images)} photos of a {concept.class_word}" for concept in plan.concepts),
+        f"{plan.method.name}, preset {plan.preset}: {plan.updates} updates{attacks}",
+    ]
+    for line in lines:
+        console.print(line, highlight=False, markup=False)
+
+
+def _show_estimate(plan: ModelPlan) -> None:
+    from pipeline.protect_model.run import seconds_for, unet_bytes
+
+    for name, value in plan.config.to_dict().items():
+        console.print(f"  {name}: {json.dumps(value)}", highlight=False, markup=False)
+    size = unet_bytes(plan)
+    console.print(
+        f"UNet: {size / 1e6:.0f} MB in float32; checkpoints in {plan.job.work_folder}: {3 * size / 1e6:.0f} MB, twice "
+        "while one is written",
+        highlight=False,
+        markup=False,
+    )
+    with console.status("timing two short updates"):
+        seconds = seconds_for(plan)
+    console.print(f"about {_duration(seconds)} on this {plan.environment['device']}", highlight=False)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
+
+
+def _run(job: ModelJob) -> None:
+    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")  # this command prints errors itself, in one line
+    from flows import protect_model as flow
+    from flows.progress import shown_on
+
+    with shown_on(console):
+        document = flow.protect_model(job)
+    table = Table("what", "value")
+    for row in flow.summary(document):
+        table.add_row(*row)
+    console.print(table)
+    console.print(f"wrote {job.out}", highlight=False, markup=False)
