@@ -26,9 +26,9 @@ from pipeline.verify.digest import folder_digest
 from pipeline.verify.edit_trial import EDIT_METRIC, EditTrial
 from pipeline.verify.editors import EDITORS
 from pipeline.verify.editors.base import Edit
-from pipeline.verify.further import further_metrics
+from pipeline.verify.further import AskedMetrics, ask_metrics
 from pipeline.verify.groups import DEFAULT_CLASS, LEAST_LIKENESS, Candidate
-from pipeline.verify.metrics.base import Facts
+from pipeline.verify.metrics.base import COSINE_DELTA, Facts, Reference
 from pipeline.verify.metrics.registry import INSTALLED
 from pipeline.verify.purifiers import PURIFIERS, check_purifiers
 from pipeline.verify.specimens import Specimens
@@ -127,10 +127,9 @@ def plan_campaign(config: VerifyConfig) -> tuple[Campaign, list[Target]]:
     check_conditional_writes(destination)
     binding = get_json(destination, BINDING_KEY)
     digests = {str(kind): folder_digest(folders[kind]) for kind in models if _uses(settings, kind, models)}
-    measured = own_facts() + further_metrics(settings.metrics).facts
+    further = _further(settings)
     fields = {
         "attack": settings.model_dump(mode="json", exclude={"models", "metrics"}),
-        "metrics": [facts.to_dict() for facts in measured],
         "parameters": _parameters(settings),
         "models": digests,
         "embedder": folder_digest(reference_path(NANO_EMBED)),
@@ -140,6 +139,8 @@ def plan_campaign(config: VerifyConfig) -> tuple[Campaign, list[Target]]:
         "code": code_version(),
         "versions": {name: version(name) for name in DECIDING},
     }
+    if further.facts:
+        fields["metrics"] = further.identity
     campaign = Campaign(
         config=config,
         campaign_id=fingerprint(fields)[:16],
@@ -151,15 +152,21 @@ def plan_campaign(config: VerifyConfig) -> tuple[Campaign, list[Target]]:
             side=side,
             generated=settings.generated,
             seed=settings.seed,
-            # Actors may have another working directory.
-            metrics={name: at if at == INSTALLED else str(Path(at).resolve()) for name, at in settings.metrics.items()},
+            further=further,
         ),
-        metrics=tuple(measured),
+        metrics=(*own_facts(), *further.facts),
         digests=digests,
         config_fp=binding["config_fingerprint"],
         limits=DecodeLimits(**binding["fields"]["limits"]),
     )
     return campaign, targets
+
+
+def _further(settings: AttackSettings) -> AskedMetrics:
+    """The metrics that are asked for, of what is attacked here; actors may have another working directory."""
+    folders = {name: at if at == INSTALLED else str(Path(at).resolve()) for name, at in settings.metrics.items()}
+    attacked = ((settings.groups, Reference.PHOTOS), (settings.edited, Reference.ORIGINALS))
+    return ask_metrics(folders, tuple(reference for count, reference in attacked if count))
 
 
 def own_facts() -> list[Facts]:
@@ -168,8 +175,8 @@ def own_facts() -> list[Facts]:
     alike = "mean cosine by nano-embed to photos of the subject that the attacker does not have"
     kept = "RGB, Gaussian window of 11 pixels, sigma 1.5, inside the borders"
     return [
-        Facts(name=METRIC, better="down", how=alike, weights=nano_embed),
-        Facts(name=EDIT_METRIC, better="down", how=kept),
+        Facts(name=METRIC, better="down", how=alike, weights=nano_embed, delta=COSINE_DELTA),
+        Facts(name=EDIT_METRIC, better="down", how=kept, delta=COSINE_DELTA),
     ]
 
 

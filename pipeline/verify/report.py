@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pipeline.errors import AlreadyExists
@@ -20,8 +20,10 @@ from pipeline.verify.cells import build_tables
 from pipeline.verify.check import stored_checks
 from pipeline.verify.edit_trial import EDIT_METRIC
 from pipeline.verify.editors import EDITORS
-from pipeline.verify.further import face_gates, not_measured
+from pipeline.verify.further import face_cells, face_gates, not_measured, questions
 from pipeline.verify.html import render
+from pipeline.verify.metrics.base import Facts
+from pipeline.verify.metrics.faces import IDENTITY
 from pipeline.verify.scores import Score
 from pipeline.verify.statistics import CONFIDENCE, RESAMPLES, Survival, survival
 from pipeline.verify.tables import Question, Table
@@ -63,7 +65,7 @@ def write_verification(job: Job, shards: Sequence[Shard], manifests: Sequence[Ma
         "protector": job.config.job.method.name,
         "ladder": list(job.ladder),
         "model_digest": job.model_digest,
-        "model": job.model,
+        "model": _name(job.model),
         "measure": MEASURE,
         "interval": {"kind": "percentile bootstrap over images", "confidence": CONFIDENCE, "resamples": RESAMPLES},
         "purifiers": sorted(job.config.job.check.purifiers),
@@ -81,7 +83,9 @@ def write_verification(job: Job, shards: Sequence[Shard], manifests: Sequence[Ma
 def campaign_document(campaign: Campaign, manifests: Sequence[Manifest]) -> dict[str, Any]:
     """The document of a later verification, from the scores that are stored."""
     destination = campaign.destination()
-    customization, editing = campaign_tables(stored_scores(destination, campaign.trial_keys()))
+    scores = stored_scores(destination, campaign.trial_keys())
+    customization, editing = campaign_tables(scores, campaign.metrics)
+    names, settings = {score.metric for score in scores}, campaign.config.attack
     first = manifests[0]
     choices = {PurePosixPath(item.key).stem: item.key for item in destination.list(campaign.chosen_prefix)}
     return {
@@ -89,11 +93,12 @@ def campaign_document(campaign: Campaign, manifests: Sequence[Manifest]) -> dict
         "config_fingerprint": campaign.config_fp,
         "protector": first.protector,
         "model_digest": first.model_digest,
-        "purifiers": sorted(campaign.config.attack.purifiers),
-        "settings": campaign.config.attack.model_dump(mode="json"),
+        "purifiers": sorted(settings.purifiers),
+        "settings": settings.model_dump(mode="json")
+        | {"models": _named(settings.models), "metrics": _named(settings.metrics)},
         "attack": _attack(campaign.attack),
-        "metrics": [facts.to_dict() for facts in campaign.metrics],
-        "absent": [absent.to_dict() for absent in not_measured(campaign.metrics)],
+        "metrics": [facts.to_dict() for facts in campaign.metrics if facts.name in names],
+        "absent": [absent.to_dict() for absent in not_measured(names, settings.metrics)],
         "survival": [],
         "customization": [table.to_dict() for table in customization],
         "editing": [table.to_dict() for table in editing],
@@ -102,19 +107,24 @@ def campaign_document(campaign: Campaign, manifests: Sequence[Manifest]) -> dict
     }
 
 
-def campaign_tables(scores: Sequence[Score]) -> tuple[list[Table], list[Table]]:
-    """The tables of customization and of editing."""
+def campaign_tables(scores: Sequence[Score], measured: Sequence[Facts]) -> tuple[list[Table], list[Table]]:
+    """The tables of customization and of editing; measured: the metrics behind the scores."""
     edited = [score for score in scores if score.attack in EDITORS]
     customized = [score for score in scores if score.attack not in EDITORS]
-    # Likeness to the subject hides well where it is low; distance to the wanted edit where it is high.
-    further = [Question(metric=name) for name in sorted({score.metric for score in customized} - {METRIC})]
-    distances = [
-        Question(metric=name, better="up") for name in sorted({score.metric for score in edited} - {EDIT_METRIC})
-    ]
-    return (
-        build_tables(customized, [QUESTION, *further], gates=face_gates(customized)) if customized else [],
-        build_tables(edited, [EDITING, *distances]) if edited else [],
+    further = [facts for facts in measured if facts.name not in (METRIC, EDIT_METRIC)]
+    tables = (
+        build_tables(customized, [QUESTION, *questions(further, customized)], gates=face_gates(customized))
+        if customized
+        else []
     )
+    return (
+        [_with_figures(table, customized) for table in tables],
+        build_tables(edited, [EDITING, *questions(further, edited)]) if edited else [],
+    )
+
+
+def _with_figures(table: Table, scores: Sequence[Score]) -> Table:
+    return replace(table, figures=face_cells(scores, table.attack)) if table.question.metric == IDENTITY else table
 
 
 def write_campaign(campaign: Campaign, document: dict[str, Any]) -> str:
@@ -151,7 +161,27 @@ def _about(kind: str, run_id: str, destination: Store) -> dict[str, Any]:
 
 
 def _attack(attack: Attack) -> dict[str, Any]:
-    return asdict(attack) | {"models": {str(kind): name for kind, name in attack.models.items()}}
+    """How models are customized; checkpoints by name and metrics by what they are, never by a place on this machine."""
+    return {
+        "customizer": attack.customizer,
+        "preset": attack.preset,
+        "overrides": dict(attack.overrides),
+        "models": _named(attack.models),
+        "side": attack.side,
+        "generated": attack.generated,
+        "seed": attack.seed,
+        "metrics": attack.further.identity,
+    }
+
+
+def _named(places: Mapping[Any, str]) -> dict[str, str]:
+    return {str(kind): _name(at) for kind, at in places.items()}
+
+
+def _name(at: str) -> str:
+    """The last part of a folder; hub ids and embedded models as they are."""
+    folder = Path(at).expanduser()
+    return folder.resolve().name if folder.is_dir() else at
 
 
 def _choices(job: Job, shards: Sequence[Shard]) -> dict[str, str]:

@@ -39,12 +39,21 @@ def read_samples(
     Raises:
         UserError: there is no image that can be read.
     """
-    store, key = archive_store(url, s3)
     left_out: list[str] = []
-    samples = list(islice(_decoded(store, key, limits, left_out), count))
-    if not samples:
+    return list(stream_samples(url, count, limits=limits, s3=s3, left_out=left_out)), left_out
+
+
+def stream_samples(
+    url: str, count: int | None, *, limits: DecodeLimits, s3: S3Settings, left_out: list[str]
+) -> Iterator[Sample]:
+    """As `read_samples`, one by one and none kept; `left_out` gets the reasons as they come up."""
+    store, key = archive_store(url, s3)
+    number = 0
+    for sample in islice(_decoded(store, key, limits, left_out), count):
+        number += 1
+        yield sample
+    if not number:
         raise UserError(f"{url} holds no image that can be read" + (f": {left_out[0]}" if left_out else ""))
-    return samples, left_out
 
 
 def _decoded(store: Store, key: str, limits: DecodeLimits, left_out: list[str]) -> Iterator[Sample]:

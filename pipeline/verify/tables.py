@@ -128,6 +128,8 @@ class Table:
     # B - D as protection by purifier and unit.
     unit_residuals: dict[str, dict[str, float]] = field(default_factory=dict)
     summary: Summary | None = None
+    # What is read beside the metric, by cell: plain means without a verdict.
+    figures: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def publishable(self) -> bool:

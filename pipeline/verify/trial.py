@@ -20,7 +20,7 @@ from pipeline.verify.attack_models import AttackModels, ModelKind
 from pipeline.verify.customizers import customizer
 from pipeline.verify.customizers.base import PHOTO, PriorImages, sample
 from pipeline.verify.embed import Embedder
-from pipeline.verify.further import further_metrics
+from pipeline.verify.further import AskedMetrics
 from pipeline.verify.purifiers import PURIFIERS
 from pipeline.verify.scores import NO_PURIFIER, Cell, Score
 from pipeline.worker import exit_on_device_fault
@@ -57,8 +57,8 @@ class Attack:
     generated: int = GENERATED
     # Of all random draws; every group has its own that follow from it.
     seed: int = 0
-    # Metrics beside the subject similarity: folder by name.
-    metrics: Mapping[str, str] = field(default_factory=dict)
+    # Metrics beside the subject similarity.
+    further: AskedMetrics = field(default_factory=AskedMetrics)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -128,7 +128,7 @@ class TrialBench:
         self.attack, self.models = attack, models
         self.customizer = customizer(attack.customizer, attack.preset, attack.overrides)
         self.embedder = Embedder(device=models.device)
-        self.further = further_metrics(attack.metrics, device=models.device)
+        self.further = attack.further.load(device=models.device)
         self._priors = PriorImages(self.models.get(ModelKind.LATENT))
 
     def run(self, trial: Trial) -> TrialResult:
@@ -143,7 +143,7 @@ class TrialBench:
             stop_if_transient(error)
             planned = [
                 self._score(trial, trial.cell, f"{n}", metric=name)
-                for name in (METRIC, *self.further.drawn_names)
+                for name in (METRIC, *self.further.drawn_names(_stacked(trial.references)))
                 for n in range(self.attack.generated)
             ]
             return failed_trial(trial.key, trial.group, error, planned)
@@ -157,14 +157,17 @@ class TrialBench:
 
     def _floor(self, trial: Trial, seed: int) -> TrialResult:
         """What the attacker's model draws of the class before it knows the subject; and the ceiling beside it."""
-        train = torch.stack([tensor(image) for image in trial.train])
+        train = _stacked(trial.train)
         result = self._result(trial, train, self._drawn(self._priors.base, trial.class_word, seed))
         result.scores += self._scores(trial, Cell.CEILING, "photo {}", train)
         return result
 
     def _drawn(self, pipeline: Any, subject: str, seed: int) -> Tensor:
         sampling = self.customizer.sampling
-        return sample(pipeline, PHOTO.format(subject), self.attack.generated, seed=seed, sampling=sampling)
+        drawn = sample(pipeline, PHOTO.format(subject), self.attack.generated, seed=seed, sampling=sampling)
+        if not bool(drawn.isfinite().all()):
+            raise RuntimeError("the customized model draws numbers that are not finite")  # as bytes they would be black
+        return drawn
 
     def _result(self, trial: Trial, train: Tensor, drawn: Tensor) -> TrialResult:
         drawn = (drawn * 255).round().to(torch.uint8)
@@ -177,7 +180,7 @@ class TrialBench:
 
     def _scores(self, trial: Trial, cell: Cell, label: str, images: Tensor) -> list[Score]:
         """All numbers of images uint8 `(N, 3, H, W)`; the subject similarity is the mean cosine to the references."""
-        photos = torch.stack([tensor(image) for image in trial.references])
+        photos = _stacked(trial.references)
         references = self.embedder.embed(_unit_range(photos))
         values: list[float] = (self.embedder.embed(_unit_range(images)) @ references.T).mean(dim=1).tolist()
         scores = [self._score(trial, cell, label.format(n), value) for n, value in enumerate(values)]
@@ -213,7 +216,7 @@ class TrialBench:
 
 def purified(trial: Trial, models: AttackModels, seed: int) -> Tensor:
     """The images that the attacker trains on, uint8 `(N, 3, S, S)`; equal draws on both sides of a cell."""
-    images = torch.stack([tensor(image) for image in trial.train])
+    images = _stacked(trial.train)
     return images if trial.purifier == NO_PURIFIER else purified_by(trial.purifier, images, models, seed)
 
 
@@ -247,6 +250,10 @@ def failed_trial(key: str, title: str, error: Exception, planned: Sequence[Score
 def tensor(pixels: Pixels) -> Tensor:
     """uint8 (H, W, 3) as `(3, H, W)`."""
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
+
+
+def _stacked(images: Sequence[Pixels]) -> Tensor:
+    return torch.stack([tensor(image) for image in images])
 
 
 def _unit_range(images: Tensor) -> Tensor:

@@ -307,8 +307,37 @@ def test_a_broken_detector_is_an_error_and_no_miss() -> None:
     outcomes = measure(metric, images, Against(photos=images[:1]))
     assert [outcome.value for outcome in outcomes["ism_all"]] == [pytest.approx(1), None]
     assert [outcome.error for outcome in outcomes["face_found"]] == [None, "RuntimeError: broken"]
-    faceless = measure(metric, images[:1], Against(photos=plain((0, 0, 0))))
-    assert "do not apply" in str(faceless["ism_all"][0].error)
+
+
+def test_a_subject_without_a_face_has_no_face_numbers() -> None:
+    metric = FaceIdentity(Detector(), Describer(), weights="none", licence="free")
+    faceless = Against(photos=plain((0, 0, 0)))
+    assert measure(metric, plain((228, 128, 128)), faceless) == {}
+    assert "do not apply" in str(metric.why_not(faceless))
+    facts = {fact.name: (fact.better, fact.delta) for fact in metric.facts}
+    assert facts == {"ism_all": ("down", 0.05), "face_found": ("neither", None), "face_match": ("neither", None)}
+
+
+def test_photos_are_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Tensor] = []
+    detect = Detector.detect
+
+    def counted(self: Detector, image: Tensor) -> Tensor | None:
+        seen.append(image)
+        return detect(self, image)
+
+    monkeypatch.setattr(Detector, "detect", counted)
+    metric = FaceIdentity(Detector(), Describer(), weights="none", licence="free")
+    image = plain((228, 128, 128))
+    for photos in (plain((228, 128, 128), (50, 128, 128)), plain((0, 0, 0), (1, 0, 0))):
+        seen.clear()
+        for _ in range(3):
+            metric.score(image, Against(photos=photos))
+            metric.found(photos.clone())
+        assert len(seen) <= 2 + 3
+    # Another subject's photos are looked at anew.
+    assert metric.score(image, Against(photos=plain((128, 228, 128))))["ism_all"] == [pytest.approx(0, abs=1e-6)]
+    assert metric.score(image, Against(photos=image))["ism_all"] == [pytest.approx(1)]
 
 
 @given(st.lists(st.one_of(st.none(), st.floats(0, 1)), min_size=1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from pipeline.verify.digest import folder_digest
 from pipeline.verify.metrics.base import Against
-from pipeline.verify.metrics.frechet import fid, fid_facts, frechet_distance
+from pipeline.verify.metrics.frechet import FrechetDistance, FrechetSets, fid_facts
 from pipeline.verify.metrics.inception import Inception, InceptionNetwork, resized
 from pipeline.verify.metrics.perceptual import HEADS, AlexNetTrunk, Lpips
 from protectors.model_files import ModelError
@@ -96,6 +97,10 @@ def test_lpips_grows_with_the_change_and_names_its_weights(alexnet: Path) -> Non
 
 def test_the_bundled_heads_are_the_published_ones() -> None:
     """1152 numbers, none negative: the paper's training clamps them."""
+    assert (
+        hashlib.sha256(HEADS.read_bytes()).hexdigest()
+        == "1b78021010e322923936f2cfa70048dc2643be1946dc67ab4e639905a87dc578"
+    )
     heads = load_file(HEADS)
     assert {name: len(weight) for name, weight in heads.items()} == {
         "lin0.weight": 64, "lin1.weight": 192, "lin2.weight": 384, "lin3.weight": 256, "lin4.weight": 256,
@@ -143,10 +148,45 @@ def test_inception_has_the_published_shape(inception_folder: Path) -> None:
         features = inception.network(noise(1, 90, 4))
     assert features.shape == (1, 2048)
     assert len(fid_facts(inception).weights) == 64
+    sets = FrechetSets(inception.network)
+    for side in (0, 1):
+        sets.add(side, noise(1, 64, side))
     with pytest.raises(ValueError, match="at least 2048"):
-        fid(noise(1, 64, 1), noise(1, 64, 2), inception)
+        sets.distance()
     with pytest.raises(ModelError, match="weights-inception-2015-12-05"):
         Inception(HEADS.parent)
+
+
+def test_what_differs_from_torchvisions_inception(inception_folder: Path) -> None:
+    """Averages leave the border out, the last block alone takes a maximum, and 0..255 becomes -1..127/128."""
+    network = Inception(inception_folder).network
+    seen: dict[str, list[Tensor]] = {}
+
+    def watch(name: str) -> None:
+        def keep(_: nn.Module, given: tuple[Tensor]) -> None:
+            seen.setdefault(name, []).append(given[0])
+
+        network.get_submodule(name).register_forward_pre_hook(keep)
+
+    blocks = ("Mixed_5b", "Mixed_5c", "Mixed_5d", "Mixed_6b", "Mixed_6c", "Mixed_6d", "Mixed_6e", "Mixed_7b")
+    for block in (*blocks, "Mixed_7c"):
+        watch(block)
+        watch(f"{block}.branch_pool")
+    watch("Conv2d_1a_3x3")
+    images = torch.zeros(1, 3, 299, 299, dtype=torch.uint8)
+    images[:, 1], images[:, 2] = 255, noise(1, 299, 7)[0, 0]
+    with torch.no_grad():
+        network(images)
+    (first,) = seen["Conv2d_1a_3x3"]
+    assert (first[:, 0] == -1).all()
+    assert (first[:, 1] == 127 / 128).all()
+    for block in blocks:
+        maps, pooled = seen[block][0], seen[f"{block}.branch_pool"][0]
+        torch.testing.assert_close(pooled[..., 0, 0], maps[..., :2, :2].mean(dim=(2, 3)))
+        torch.testing.assert_close(pooled[..., 1, 1], maps[..., :3, :3].mean(dim=(2, 3)))
+    maps, pooled = seen["Mixed_7c"][0], seen["Mixed_7c.branch_pool"][0]
+    torch.testing.assert_close(pooled[..., 0, 0], maps[..., :2, :2].amax(dim=(2, 3)))
+    torch.testing.assert_close(pooled[..., 1, 1], maps[..., :3, :3].amax(dim=(2, 3)))
 
 
 class Corners(nn.Module):
@@ -158,19 +198,27 @@ class Corners(nn.Module):
         return images[:, :, 0, :2].reshape(len(images), 6).float()
 
 
+def frechet_distance(left: Tensor, right: Tensor, *, fewest: int) -> FrechetDistance:
+    sets = FrechetSets(Corners(), fewest=fewest)
+    sets.add(1, right)
+    for images in left.split(7):
+        sets.add(0, images)
+    return sets.distance()
+
+
 def test_the_distance_is_scipys_and_tells_missing_rank() -> None:
     left, right = noise(40, 4, 5), noise(30, 4, 6) // 2
-    found = frechet_distance(left, right, Corners(), fewest=6)
+    found = frechet_distance(left, right, fewest=6)
     sides = [Corners()(side).double().numpy() for side in (left, right)]
     means, covariances = [side.mean(axis=0) for side in sides], [np.cov(side.T) for side in sides]
     root = sqrtm(covariances[0] @ covariances[1]).real
     expected = ((means[0] - means[1]) ** 2).sum() + np.trace(covariances[0] + covariances[1] - 2 * root)
     assert found.value == pytest.approx(expected, rel=1e-5)
     assert (found.images, found.ranks, found.full_rank) == ((40, 30), (6, 6), True)
-    few = frechet_distance(left[:4], right, Corners(), fewest=2)
+    few = frechet_distance(left[:4], right, fewest=2)
     assert (few.ranks, few.full_rank) == ((3, 6), False)
-    copies = frechet_distance(left[:3].repeat(20, 1, 1, 1), right, Corners(), fewest=6)
+    copies = frechet_distance(left[:3].repeat(20, 1, 1, 1), right, fewest=6)
     assert copies.ranks == (2, 6)
-    assert frechet_distance(left, left, Corners(), fewest=6).value == pytest.approx(0, abs=1e-3)
+    assert frechet_distance(left, left, fewest=6).value == pytest.approx(0, abs=1e-3)
     with pytest.raises(ValueError, match="4 and 30 images"):
-        frechet_distance(left[:4], right, Corners(), fewest=6)
+        frechet_distance(left[:4], right, fewest=6)

@@ -15,7 +15,14 @@ from torch import Tensor
 Better = Literal["down", "up", "neither"]
 """What better protection does to the number; "neither" is reported and judged by nobody."""
 
-Licence = Literal["free", "non-commercial", "of the given weights"]
+Licence = Literal[
+    "free",
+    "non-commercial",
+    "of the given weights",
+    "CC0; learnt from public sets of faces, VGG Face among them: have your use checked",
+]
+COSINE_DELTA = 0.05
+"""Smallest difference of cosines, and of likenesses on their scale, that counts as protection."""
 GIVEN: Licence = "of the given weights"
 
 
@@ -34,6 +41,15 @@ class Facts:
     # sha256 of the weights that it needs, or "none".
     weights: str = "none"
     licence: Licence = "free"
+    # Of the computation: with another one the same weights give other numbers.
+    version: str = "1"
+    # Smallest difference that counts as protection, in the number's own unit; None: no verdict is made of it.
+    delta: float | None = None
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What decides the number; the rest of the facts is prose and judgement."""
+        return {"name": self.name, "weights": self.weights, "version": self.version}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -83,7 +99,8 @@ class Metric(ABC):
     def score(self, images: Tensor, against: Against | None = None) -> dict[str, list[float]]:
         """Every number of every image, by name of `facts`; image i depends on row i of images and reference alone.
 
-        A number that the images are too small for is left out. One that does not exist is not finite.
+        A number is left out where the images are too small for it or `why_not` has a reason. One that does not exist
+        is not finite.
 
         Args:
             images: uint8 `(N, 3, H, W)`, sRGB.
@@ -95,7 +112,11 @@ class Metric(ABC):
         given = against or Against()
         self._check(images, given)
         with torch.no_grad():
-            return self._score(images, given)
+            return {} if self.why_not(given) is not None else self._score(images, given)
+
+    def why_not(self, against: Against) -> str | None:
+        """Why nothing can be compared with this reference, though it is of the right kind; None where it can."""
+        return None
 
     def _check(self, images: Tensor, against: Against) -> None:
         _check_images("images", images)

@@ -10,12 +10,19 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.verify.metrics.base import Against, Facts, Licence, Metric, Reference
+from pipeline.ids import sha256_hex
+from pipeline.verify.metrics.base import COSINE_DELTA, Against, Facts, Licence, Metric, Reference
 from pipeline.verify.tables import Gate
 
+IDENTITY, FOUND, MATCH = "ism_all", "face_found", "face_match"
+FACES = (IDENTITY, FOUND, MATCH)
+"""The first is judged; the others are read beside it, for a base model draws faces without knowing the subject's."""
+
+NO_FACE = "no face found in any photo of the subject: face metrics do not apply"
 SANE_DETECTION = 0.95
 """Share of real photos in which a detector must find the face, or its numbers do not apply."""
 
@@ -57,49 +64,78 @@ class FaceIdentity(Metric):
         embedder: describes them.
         weights: sha256 of the weights of both.
         licence: of these weights.
+        version: of the library that computes with them.
     """
 
     needs = Reference.PHOTOS
 
-    def __init__(self, detector: FaceDetector, embedder: FaceEmbedder, *, weights: str, licence: Licence) -> None:
-        self._detector, self._embedder, self._weights, self._licence = detector, embedder, weights, licence
+    def __init__(
+        self, detector: FaceDetector, embedder: FaceEmbedder, *, weights: str, licence: Licence, version: str = "1"
+    ) -> None:
+        self._detector, self._embedder = detector, embedder
+        self._weights, self._licence, self._version = weights, licence, version
+        self._last: tuple[str, list[Tensor | None]] = ("", [])
 
     @property
     def facts(self) -> Sequence[Facts]:
         """Similarity, detection, match."""
         found, alike = self._detector.how, self._embedder.how
         how = {
-            "ism_all": f"{alike}; largest face, {found}; 0 where no face is found",
-            "face_found": f"1 or 0; {found}",
-            "face_match": f"1 where ism_all is above {self._embedder.same}, else 0",
+            IDENTITY: f"{alike}; largest face, {found}; 0 where no face is found",
+            FOUND: f"1 or 0; {found}",
+            MATCH: f"1 where {IDENTITY} is above {self._embedder.same}, else 0",
         }
         return [
-            Facts(name=name, better="down", how=text, weights=self._weights, licence=self._licence)
+            Facts(
+                name=name,
+                better="down" if name == IDENTITY else "neither",
+                how=text,
+                weights=self._weights,
+                licence=self._licence,
+                version=self._version,
+                delta=COSINE_DELTA if name == IDENTITY else None,
+            )
             for name, text in how.items()
         ]
 
+    def why_not(self, against: Against) -> str | None:
+        """A subject whose photos show no face has no likeness to lose."""
+        return None if self._known(against) else NO_FACE
+
     def _score(self, images: Tensor, against: Against) -> dict[str, list[float]]:
-        if against.photos is None:
-            raise ValueError("ism_all needs photos")
-        known = [vector for photo in against.photos if (vector := self._describe(photo)) is not None]
-        if not known:
-            raise RuntimeError("no face found in any photo of the subject: face metrics do not apply")
-        photos = torch.stack(known)
+        photos = torch.stack(self._known(against))
         vectors = [self._describe(image) for image in images]
         alike = [0.0 if vector is None else self._embedder.likeness(vector, photos) for vector in vectors]
         return {
-            "ism_all": alike,
-            "face_found": [float(vector is not None) for vector in vectors],
-            "face_match": [float(value > self._embedder.same) for value in alike],
+            IDENTITY: alike,
+            FOUND: [float(vector is not None) for vector in vectors],
+            MATCH: [float(value > self._embedder.same) for value in alike],
         }
 
     def found(self, photos: Iterable[Tensor]) -> list[float]:
         """Whether the detector finds a face in each photo, uint8 `(3, H, W)`: what `detector_gate` asks for."""
-        return [float(self._detector.detect(photo) is not None) for photo in photos]
+        return [float(vector is not None) for vector in self._described(photos)]
+
+    def _known(self, against: Against) -> list[Tensor]:
+        if against.photos is None:
+            raise ValueError(f"{IDENTITY} needs photos")
+        return [vector for vector in self._described(against.photos) if vector is not None]
+
+    def _described(self, photos: Iterable[Tensor]) -> list[Tensor | None]:
+        """The photos' faces. The last answer is kept: all pictures of a subject are compared with the same photos."""
+        given = list(photos)
+        name = sha256_hex("".join(f"{tuple(photo.shape)}{sha256_hex(_bytes(photo))}" for photo in given))
+        if name != self._last[0]:
+            self._last = name, [self._describe(photo) for photo in given]
+        return self._last[1]
 
     def _describe(self, image: Tensor) -> Tensor | None:
         face = self._detector.detect(image)
         return None if face is None else self._embedder.embed(face[None])[0]
+
+
+def _bytes(image: Tensor) -> bytes:
+    return np.ascontiguousarray(image.numpy()).tobytes()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from pipeline.ids import sha256_hex
-from pipeline.verify.metrics.base import WeightsMissing
+from pipeline.verify.metrics.base import Licence, WeightsMissing
 from pipeline.verify.metrics.faces import FaceIdentity
 
+LICENCE: Licence = "CC0; learnt from public sets of faces, VGG Face among them: have your use checked"
 INSTALL = "pip install 'fixative[faces]'"
 _LANDMARKS = "shape_predictor_5_face_landmarks.dat"
 _NETWORK = "dlib_face_recognition_resnet_model_v1.dat"
@@ -108,7 +109,7 @@ def dlib_faces() -> FaceIdentity:
     detector = DlibDetector(dlib, dlib.get_frontal_face_detector(), dlib.shape_predictor(str(folder / _LANDMARKS)))
     embedder = DlibEmbedder(dlib.face_recognition_model_v1(str(folder / _NETWORK)))
     weights = sha256_hex("".join(f"{name} {digest}\n" for name, digest in sorted(digests.items())).encode())
-    return FaceIdentity(detector, embedder, weights=weights, licence="free")
+    return FaceIdentity(detector, embedder, weights=weights, licence=LICENCE, version=f"1, dlib {dlib.__version__}")
 
 
 def _pixels(image: Tensor) -> Any:

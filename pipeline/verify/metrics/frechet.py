@@ -7,7 +7,6 @@ than features the covariances are not of full rank, and it is refused. `kid` is 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -52,48 +51,43 @@ def fid_facts(inception: Inception) -> Facts:
     return Facts(name="fid", better="neither", how=how, weights=inception.weights, licence=GIVEN)
 
 
-def fid(left: Sequence[Tensor], right: Sequence[Tensor], inception: Inception) -> FrechetDistance:
-    """The distance of two sets of images.
+class FrechetSets:
+    """Two sets of images, of which only sums over their features are kept.
 
     Args:
-        left: images uint8 `(3, H, W)` of any sizes.
-        right: likewise; the order of the sets does not matter.
-        inception: the network.
-
-    Raises:
-        ValueError: fewer than 2048 images in a set.
-    """
-    return frechet_distance(left, right, inception.network, fewest=FEWEST_FID, device=inception.device)
-
-
-def frechet_distance(
-    left: Sequence[Tensor], right: Sequence[Tensor], network: nn.Module, *, fewest: int, device: str = "cpu"
-) -> FrechetDistance:
-    """As `fid`, by any network.
-
-    Args:
-        left: as for `fid`.
-        right: as for `fid`.
         network: images uint8 `(N, 3, H, W)` to features `(N, D)`; with `num_features`.
         fewest: images per set; at least `num_features`, or covariances cannot be of full rank.
         device: of the network.
     """
-    counts = len(left), len(right)
-    if min(counts) < fewest:
-        raise ValueError(f"{counts[0]} and {counts[1]} images: fid needs at least {fewest} in each set")
-    metric: Any = FrechetInceptionDistance(feature=network).to(device)
-    with torch.no_grad():
-        for side, images in ((True, left), (False, right)):
-            for image in images:
-                metric.update(image[None].to(device), real=side)
-    sides = (
-        (metric.real_features_sum, metric.real_features_cov_sum, counts[0]),
-        (metric.fake_features_sum, metric.fake_features_cov_sum, counts[1]),
-    )
-    ranks = [_rank(*side) for side in sides]
-    return FrechetDistance(
-        value=float(metric.compute()), images=counts, ranks=(ranks[0], ranks[1]), features=len(metric.real_features_sum)
-    )
+
+    def __init__(self, network: nn.Module, *, fewest: int = FEWEST_FID, device: str = "cpu") -> None:
+        self._metric: Any = FrechetInceptionDistance(feature=network).to(device)
+        self._fewest, self._device, self._counts = fewest, device, [0, 0]
+
+    @torch.no_grad()
+    def add(self, side: int, images: Tensor) -> None:
+        """Adds images uint8 `(N, 3, H, W)` to set 0 or 1; the order of the sets does not matter."""
+        self._metric.update(images.to(self._device), real=side == 0)
+        self._counts[side] += len(images)
+
+    def distance(self) -> FrechetDistance:
+        """The distance of what was added.
+
+        Raises:
+            ValueError: too few images in a set.
+        """
+        counts, metric = (self._counts[0], self._counts[1]), self._metric
+        if min(counts) < self._fewest:
+            raise ValueError(f"{counts[0]} and {counts[1]} images: fid needs at least {self._fewest} in each set")
+        sides = (
+            (metric.real_features_sum, metric.real_features_cov_sum, counts[0]),
+            (metric.fake_features_sum, metric.fake_features_cov_sum, counts[1]),
+        )
+        ranks = [_rank(*side) for side in sides]
+        features = len(metric.real_features_sum)
+        return FrechetDistance(
+            value=float(metric.compute()), images=counts, ranks=(ranks[0], ranks[1]), features=features
+        )
 
 
 def _rank(total: Tensor, products: Tensor, count: int) -> int:

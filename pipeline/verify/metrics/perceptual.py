@@ -27,6 +27,7 @@ _SMALLEST = 31  # below, the last pooling has nothing left to pool
 # ImageNet's mean and deviation, in the digits of the published code, which are for values in -1..1.
 _SHIFT, _SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 _EPSILON = 1e-10
+_DELTA = 0.1  # ours; not that of cosines: the distance of unlike pictures is about 0.7, and may be above 1
 
 
 class AlexNetTrunk(nn.Module):
@@ -77,7 +78,7 @@ class Lpips(Metric):
     def facts(self) -> Sequence[Facts]:
         """The distance. A protection is better the less it is seen."""
         how = f"AlexNet trunk as given, heads v0.1 bundled; full size; sides of at least {_SMALLEST} pixels"
-        return (Facts(name="lpips", better="down", how=how, weights=self._weights, licence=GIVEN),)
+        return (Facts(name="lpips", better="down", how=how, weights=self._weights, licence=GIVEN, delta=_DELTA),)
 
     def _score(self, images: Tensor, against: Against) -> dict[str, list[float]]:
         if against.originals is None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -16,8 +16,8 @@ from pipeline.verify.digest import folder_digest
 from pipeline.verify.embed import Embedder
 from pipeline.verify.metrics.base import Against, Facts, Metric, Outcome, Reference, measure
 from pipeline.verify.metrics.distribution import cmmd, kid
-from pipeline.verify.metrics.faces import FaceIdentity, detector_gate, face_figures
-from pipeline.verify.metrics.frechet import fid, fid_facts
+from pipeline.verify.metrics.faces import FOUND, IDENTITY, FaceIdentity, detector_gate, face_figures
+from pipeline.verify.metrics.frechet import FrechetSets, fid_facts
 from pipeline.verify.metrics.inception import FEATURES, Inception
 from pipeline.verify.metrics.registry import Absent, available_metrics
 
@@ -28,14 +28,14 @@ _BATCH = 16
 class Comparison:
     """What the images are compared with; what is not given leaves its metrics absent. All are uint8 `(3, H, W)`."""
 
-    # One per image, and of its size.
-    originals: Sequence[Tensor] | None = None
+    # One per image, in their order, and of its size.
+    originals: Iterable[Tensor] | None = None
     # Real photos of the subject.
     photos: Sequence[Tensor] | None = None
     # One for all images.
     prompt: str | None = None
     # Another set.
-    others: Sequence[Tensor] | None = None
+    others: Iterable[Tensor] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,14 +62,16 @@ class Number:
         values = {str(place): outcome.value for place, outcome in self.outcomes.items()}
         return {
             **self.facts.to_dict(), "value": self.value, "images": self.images, "errors": self.errors,
-            "values": values, **(self.beside or {}),
+            "values": values, "beside": dict(self.beside or {}),
         }  # fmt: skip
 
 
 def measure_set(
-    images: Sequence[Tensor], given: Comparison, weights: Mapping[str, Path], *, device: str = "cpu"
+    images: Iterable[Tensor], given: Comparison, weights: Mapping[str, Path], *, device: str = "cpu"
 ) -> tuple[list[Number], list[Absent]]:
     """All numbers of a set of images, and those that it has none of.
+
+    Images, originals and the other set are gone through once, and no more than a batch of them is kept.
 
     Args:
         images: uint8 `(3, H, W)`, sRGB, of any sizes.
@@ -82,12 +84,27 @@ def measure_set(
         ModelError: a folder of weights is not usable.
     """
     metrics, absent = available_metrics(weights, device=device)
-    numbers: list[Number] = []
+    usable: list[Metric] = []
     for metric in metrics:
-        if (missing := _missing(metric.needs, given)) is not None:
+        if (missing := _missing(metric, given)) is None:
+            usable.append(metric)
+        else:
             absent += [Absent(name=facts.name, reason=missing) for facts in metric.facts]
-            continue
-        found = _outcomes(metric, images, given)
+    distances = _Distances(weights, device) if given.others is not None else None
+    found: dict[str, dict[int, Outcome]] = {}
+    for first, batch, originals in _batches(images, given.originals):
+        against = Against(
+            originals=originals,
+            photos=given.photos,
+            prompts=None if given.prompt is None else [given.prompt] * len(batch),
+        )
+        for metric in usable:
+            for name, outcomes in measure(metric, batch, against).items():
+                found.setdefault(name, {}).update(enumerate(outcomes, start=first))
+        if distances is not None:
+            distances.add(0, batch)
+    numbers: list[Number] = []
+    for metric in usable:
         beside = None
         if isinstance(metric, FaceIdentity) and given.photos is not None:
             beside = {"detector": asdict(detector_gate(metric.found(given.photos)))}
@@ -96,40 +113,38 @@ def measure_set(
                 numbers.append(_mean(facts, found[facts.name], beside))
             else:
                 absent.append(Absent(name=facts.name, reason=f"the images are too small: {facts.how}"))
-    distances, left_out = _distances(images, given.others, weights, device)
-    return numbers + distances, absent + left_out
+    if distances is None or given.others is None:
+        names = _EMBEDDED + (("fid",) if "inception" in weights else ())
+        return numbers, absent + [Absent(name=name, reason="no other set given to compare with") for name in names]
+    for _, batch, _ in _batches(given.others, None):
+        distances.add(1, batch)
+    more, left_out = distances.numbers()
+    return numbers + more, absent + left_out
 
 
-def _missing(needs: Reference, given: Comparison) -> str | None:
+def _missing(metric: Metric, given: Comparison) -> str | None:
     has = {
         Reference.NOTHING: True,
         Reference.ORIGINALS: given.originals is not None,
         Reference.PHOTOS: given.photos is not None,
         Reference.PROMPTS: given.prompt is not None,
     }
-    return None if has[needs] else f"no {needs} given to compare with"
+    if not has[metric.needs]:
+        return f"no {metric.needs} given to compare with"
+    return metric.why_not(Against(photos=given.photos))
 
 
-def _outcomes(metric: Metric, images: Sequence[Tensor], given: Comparison) -> dict[str, dict[int, Outcome]]:
-    """By number and place of the image; images that are too small for a number have none."""
-    found: dict[str, dict[int, Outcome]] = {}
-    for places in _batches(images):
-        against = Against(
-            originals=None if given.originals is None else torch.stack([given.originals[place] for place in places]),
-            photos=given.photos,
-            prompts=None if given.prompt is None else [given.prompt] * len(places),
-        )
-        for name, outcomes in measure(metric, torch.stack([images[place] for place in places]), against).items():
-            found.setdefault(name, {}).update(zip(places, outcomes, strict=True))
-    return found
-
-
-def _batches(images: Sequence[Tensor]) -> Iterator[list[int]]:
-    """Places of neighbours of one size."""
-    for _, group in groupby(range(len(images)), key=lambda place: images[place].shape):
-        places = list(group)
-        for start in range(0, len(places), _BATCH):
-            yield places[start : start + _BATCH]
+def _batches(
+    images: Iterable[Tensor], originals: Iterable[Tensor] | None
+) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+    """The place of the first image, neighbours of one size as `(N, 3, H, W)`, and their originals."""
+    pairs = ((image, None) for image in images) if originals is None else zip(images, originals, strict=True)
+    first = 0
+    for _, group in groupby(pairs, key=lambda pair: pair[0].shape):
+        while part := list(islice(group, _BATCH)):
+            known = [original for _, original in part if original is not None]
+            yield first, torch.stack([image for image, _ in part]), torch.stack(known) if known else None
+            first += len(part)
 
 
 def _mean(facts: Facts, outcomes: Mapping[int, Outcome], beside: Mapping[str, Any] | None) -> Number:
@@ -139,45 +154,56 @@ def _mean(facts: Facts, outcomes: Mapping[int, Outcome], beside: Mapping[str, An
     )
 
 
-def _distances(
-    images: Sequence[Tensor], others: Sequence[Tensor] | None, weights: Mapping[str, Path], device: str
-) -> tuple[list[Number], list[Absent]]:
-    """KID and CMMD by nano-embed, and FID where Inception is given."""
-    inception = Inception(weights["inception"], device=device) if "inception" in weights else None
-    names = ["nano_embed_kid", "nano_embed_cmmd"] + ([] if inception is None else ["fid"])
-    if others is None:
-        return [], [Absent(name=name, reason="no other set given to compare with") for name in names]
-    numbers: list[Number] = []
-    absent: list[Absent] = []
-    embedder = Embedder(device=device)
-    sides = [torch.cat([embedder.embed(image[None].float() / 255) for image in side]) for side in (images, others)]
-    digest = folder_digest(embedder.folder)
-    for name, distance in zip(names, (kid, cmmd), strict=False):
-        how = f"{distance.__name__.upper()} on nano-embed; not comparable with published numbers; below 0 is noise"
+_EMBEDDED = ("nano_embed_kid", "nano_embed_cmmd")
+
+
+class _Distances:
+    """KID and CMMD by nano-embed, and FID where Inception is given: what two sets of images leave of themselves."""
+
+    def __init__(self, weights: Mapping[str, Path], device: str) -> None:
+        self._embedder = Embedder(device=device)
+        self._vectors: tuple[list[Tensor], list[Tensor]] = [], []
+        self._inception = Inception(weights["inception"], device=device) if "inception" in weights else None
+        self._sums = None if self._inception is None else FrechetSets(self._inception.network, device=device)
+
+    def add(self, side: int, images: Tensor) -> None:
+        """Adds images uint8 `(N, 3, H, W)` to set 0 or 1."""
+        self._vectors[side].append(self._embedder.embed(images.float() / 255))
+        if self._sums is not None:
+            self._sums.add(side, images)
+
+    def numbers(self) -> tuple[list[Number], list[Absent]]:
+        """The distances, and why there is none."""
+        numbers: list[Number] = []
+        absent: list[Absent] = []
+        left, right = (torch.cat(side) if side else torch.zeros(0, 1) for side in self._vectors)
+        digest = folder_digest(self._embedder.folder)
+        for name, distance in zip(_EMBEDDED, (kid, cmmd), strict=True):
+            how = f"{distance.__name__.upper()} on nano-embed; not comparable with published numbers; below 0 is noise"
+            try:
+                found = distance(left, right)
+            except ValueError as error:
+                absent.append(Absent(name=name, reason=str(error)))
+                continue
+            facts = Facts(name=name, better="neither", how=how, weights=digest)
+            numbers.append(Number(facts=facts, value=found.value, images=found.images, beside=found.to_dict()))
+        if self._sums is None or self._inception is None:
+            return numbers, absent
         try:
-            found = distance(sides[0], sides[1])
-        except ValueError as error:
-            absent.append(Absent(name=name, reason=str(error)))
-            continue
-        facts = Facts(name=name, better="neither", how=how, weights=digest)
-        numbers.append(Number(facts=facts, value=found.value, images=found.images, beside=found.to_dict()))
-    if inception is not None:
-        try:
-            frechet = fid(images, others, inception)
+            frechet = self._sums.distance()
         except ValueError as error:
             return numbers, [*absent, Absent(name="fid", reason=str(error))]
-        facts = fid_facts(inception)
-        numbers.append(Number(facts=facts, value=frechet.value, images=min(frechet.images), beside=frechet.to_dict()))
-    return numbers, absent
+        facts, beside = fid_facts(self._inception), frechet.to_dict()
+        return [*numbers, Number(facts=facts, value=frechet.value, images=min(frechet.images), beside=beside)], absent
 
 
 def remarks(numbers: Sequence[Number]) -> list[str]:
     """What must be read beside the numbers: the three figures of faces, and covariances that are not of full rank."""
     by_name = {number.facts.name: number for number in numbers}
     said = []
-    faces, frechet = by_name.get("ism_all"), by_name.get("fid")
+    faces, frechet = by_name.get(IDENTITY), by_name.get("fid")
     if faces is not None and faces.images and faces.beside is not None:
-        figures = face_figures(_values(faces), _values(by_name["face_found"]))
+        figures = face_figures(_values(faces), _values(by_name[FOUND]))
         where = "no image" if figures.detected is None else f"{figures.detected:.3f}"
         said.append(
             f"faces: none found in {figures.not_found:.1%}; ism where found {where}, in all {figures.overall:.3f}"

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pipeline.verify.digest import folder_digest
 from pipeline.verify.embed import Embedder
-from pipeline.verify.metrics.base import GIVEN, Against, Facts, Licence, Metric, Reference
+from pipeline.verify.metrics.base import COSINE_DELTA, GIVEN, Against, Facts, Licence, Metric, Reference
 from protectors.model_files import ModelError
 
 
@@ -38,7 +38,8 @@ class SubjectSimilarity(Metric):
     def facts(self) -> Sequence[Facts]:
         """The cosine."""
         how = "mean cosine to every photo; size, crop and normalisation by the folder's preprocessor_config.json"
-        return (Facts(name=self._name, better="down", how=how, weights=self._weights, licence=self._licence),)
+        name, weights, licence = self._name, self._weights, self._licence
+        return (Facts(name=name, better="down", how=how, weights=weights, licence=licence, delta=COSINE_DELTA),)
 
     def _score(self, images: Tensor, against: Against) -> dict[str, list[float]]:
         if against.photos is None:
