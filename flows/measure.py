@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from functools import partial
+from itertools import tee
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,12 +12,12 @@ import typer
 from rich.table import Table
 
 from flows import show
-from flows.options import S3Endpoint, S3Profile, S3Region, metrics_asked
+from flows.options import S3Endpoint, S3Profile, S3Region, metric_option, metrics_asked
 from pipeline.config import S3Settings
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from torch import Tensor
 
@@ -43,11 +45,7 @@ def measure(
     ] = None,
     metric: Annotated[
         list[str] | None,
-        typer.Option(
-            "--metric",
-            help="Weights on this machine; repeatable. dino=FOLDER, clip=FOLDER (of transformers), lpips=FOLDER "
-            "(AlexNet), inception=FOLDER (FID), each one safetensors file. Faces and BRISQUE come with packages.",
-        ),
+        metric_option("inception=FOLDER (one safetensors file; FID). Faces and BRISQUE come with packages."),
     ] = None,
     count: Annotated[int | None, typer.Option("--count", help="Use the first so many images.")] = None,
     out: Annotated[Path | None, typer.Option("--out", help="JSON file for all numbers, per image as well.")] = None,
@@ -69,20 +67,30 @@ def measure(
     if wrong := [name for name, folder in weights.items() if name not in WEIGHTS or folder == INSTALLED]:
         raise UserError(f"--metric {wrong[0]}: write NAME=FOLDER, with one of {', '.join(WEIGHTS)}")
     s3 = S3Settings(endpoint_url=s3_endpoint, region=s3_region, profile=s3_profile)
-    samples = _read(images, count, s3)
+    left_out: list[str] = []
+    names: list[str] = []
+    read = partial(_read, s3=s3, left_out=left_out)
+    samples: Iterator[Sample] = read(images, count)
+    known: Iterator[Sample] | None = None
+    if originals is not None:
+        # Both sides of a pair are taken in turn, so that one pair is in memory at a time.
+        left, right = tee(_paired(samples, read(originals, None), originals))
+        samples, known = (pair[0] for pair in left), (pair[1] for pair in right)
     given = Comparison(
-        originals=None if originals is None else _originals(samples, originals, s3),
-        photos=None if photos is None else _tensors(_read(photos, None, s3)),
+        originals=None if known is None else map(_tensor, known),
+        photos=None if photos is None else [_tensor(sample) for sample in read(photos, None)],
         prompt=prompt,
-        others=None if others is None else _tensors(_read(others, None, s3)),
+        others=None if others is None else (_tensor(sample) for sample in read(others, None)),
     )
     folders = {name: Path(folder) for name, folder in weights.items()}
-    with console.status(f"{len(samples)} images"):
-        numbers, absent = measure_set(_tensors(samples), given, folders, device=device)
+    with console.status(images):
+        numbers, absent = measure_set(_tensors(samples, names), given, folders, device=device)
+    for reason in left_out:
+        console.print(f"left out {reason}", style="yellow", markup=False)
     _show(numbers, absent, remarks(numbers))
     if out is not None:
         document = {
-            "images": [sample.name for sample in samples],
+            "images": names,
             "numbers": [number.to_dict() for number in numbers],
             "absent": [entry.to_dict() for entry in absent],
         }
@@ -91,32 +99,52 @@ def measure(
         console.print(f"wrote {out}", highlight=False)
 
 
-def _read(source: str, count: int | None, s3: S3Settings) -> list[Sample]:
+def _read(source: str, count: int | None, s3: S3Settings, left_out: list[str]) -> Iterator[Sample]:
     from pipeline.decode import DecodeLimits
-    from pipeline.verify.samples import read_samples
+    from pipeline.verify.samples import stream_samples
 
-    samples, left_out = read_samples(source, count, limits=DecodeLimits(), s3=s3)
-    for reason in left_out:
-        console.print(f"left out {reason}", style="yellow", markup=False)
-    return samples
+    return stream_samples(source, count, limits=DecodeLimits(), s3=s3, left_out=left_out)
 
 
-def _tensors(samples: Sequence[Sample]) -> list[Tensor]:
+def _tensor(sample: Sample) -> Tensor:
     from pipeline.verify.trial import tensor
 
-    return [tensor(sample.pixels) for sample in samples]
+    return tensor(sample.pixels)
 
 
-def _originals(samples: Sequence[Sample], source: str, s3: S3Settings) -> list[Tensor]:
-    """The original of every image: of the same name, apart from its ending, and of the same size."""
-    by_name = {_stem(sample): sample for sample in _read(source, None, s3)}
-    found = []
+def _tensors(samples: Iterable[Sample], names: list[str]) -> Iterator[Tensor]:
+    """The images; their names are noted as they pass."""
     for sample in samples:
-        original = by_name.get(_stem(sample))
+        names.append(sample.name)
+        yield _tensor(sample)
+
+
+def _paired(samples: Iterable[Sample], originals: Iterable[Sample], source: str) -> Iterator[tuple[Sample, Sample]]:
+    """Every image and its original: of the same name, apart from its ending, and of the same size.
+
+    Both lie in the order of their names as a rule, and then nothing is kept; what passes before its turn waits.
+    """
+    waiting: dict[str, Sample] = {}
+    stream = _distinct(originals)
+    for sample in _distinct(samples):
+        stem = _stem(sample)
+        while stem not in waiting and (other := next(stream, None)) is not None:
+            waiting[_stem(other)] = other
+        original = waiting.pop(stem, None)
         if original is None or original.pixels.shape != sample.pixels.shape:
-            raise UserError(f"{source} holds no original named {_stem(sample)} and of the size of {sample.name}")
-        found.append(original)
-    return _tensors(found)
+            raise UserError(f"{source} holds no original named {stem} and of the size of {sample.name}")
+        yield sample, original
+    for _ in stream:  # for names that are there twice
+        pass
+
+
+def _distinct(samples: Iterable[Sample]) -> Iterator[Sample]:
+    seen: dict[str, str] = {}
+    for sample in samples:
+        if (other := seen.get(_stem(sample))) is not None:
+            raise UserError(f"{other} and {sample.name} differ in their endings at most: nobody can tell the pairs")
+        seen[_stem(sample)] = sample.name
+        yield sample
 
 
 def _stem(sample: Sample) -> str:

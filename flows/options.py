@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from pipeline.errors import UserError
+
 ARCHIVE, METHOD, OUTPUT, RUN, STORE = "Archive", "Method", "Output and check", "How it runs", "S3"
 
 
@@ -16,20 +18,30 @@ def option(*names: str, panel: str, help: str) -> Any:
     return typer.Option(*names, rich_help_panel=panel, help=help, envvar=envvar)
 
 
-Metrics = Annotated[
-    list[str] | None,
-    typer.Option(
+def metric_option(beside: str) -> Any:
+    """The option --metric of a command; beside: what it takes besides folders that all commands know."""
+    return typer.Option(
         "--metric",
         help="A further metric, its weights from this machine; repeatable. dino=FOLDER, clip=FOLDER (of transformers), "
-        "lpips=FOLDER (AlexNet), or faces (pip install 'fixative\\[faces]').",
-    ),
-]
+        f"lpips=FOLDER (AlexNet as one safetensors file), {beside}",
+    )
+
+
+Metrics = Annotated[list[str] | None, metric_option("or faces (pip install 'fixative\\[faces]').")]
 
 
 def metrics_asked(given: Sequence[str] | None) -> dict[str, str]:
-    """--metric options as a mapping: folder by name, "installed" where none is given."""
-    pairs = [text.partition("=") for text in given or ()]
-    return {name: folder or "installed" for name, _, folder in pairs}
+    """--metric options as a mapping: folder by name, "installed" where none is given.
+
+    Raises:
+        UserError: a name is given twice.
+    """
+    asked: dict[str, str] = {}
+    for name, _, folder in (text.partition("=") for text in given or ()):
+        if name in asked:
+            raise UserError(f"--metric {name} is given twice: name one")
+        asked[name] = folder or "installed"
+    return asked
 
 
 S3Endpoint = Annotated[str | None, option("--s3-endpoint", panel=STORE, help="URL of an S3 service other than AWS.")]

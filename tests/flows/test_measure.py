@@ -60,7 +60,31 @@ def test_what_cannot_be_measured_is_refused(tmp_path: Path) -> None:
         (("--metric", "arcface=x"), "write NAME=FOLDER"),
         (("--metric", f"lpips={tmp_path}"), "holds 0 safetensors files"),
         (("--originals", originals / "a.bmp.png"), "no original named b.bmp"),
+        (("--metric", "lpips=a", "--metric", "lpips=b"), "--metric lpips is given twice"),
     ):
         result = fixative("measure", protected, *arguments)
         assert result.code == 2, result
         assert reason in result.err, result
+
+
+def test_pictures_of_one_name_and_two_endings_are_refused(tmp_path: Path) -> None:
+    """Also behind the last picture that is measured: its original would be a guess."""
+    protected, originals = folders(tmp_path)
+    Image.new("RGB", (64, 48)).save(originals / "b.bmp.webp")
+    result = fixative("measure", protected, "--originals", originals)
+    assert result.code == 2, result
+    assert "b.bmp.png and b.bmp.webp differ in their endings" in result.err
+
+
+def test_originals_in_another_order_are_found(tmp_path: Path) -> None:
+    """Endings decide which of the two comes first."""
+    for file, grey in (("originals/a.webp", 60), ("originals/a.k.png", 200), ("protected/a.jpg", 60),
+                       ("protected/a.k.png", 200)):  # fmt: skip
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (32, 32), (grey, grey, grey)).save(tmp_path / file)
+    out = tmp_path / "numbers.json"
+    result = fixative("measure", tmp_path / "protected", "--originals", tmp_path / "originals", "--out", out)
+    assert result.code == 0, result
+    document = json.loads(out.read_text())
+    assert document["images"] == ["a.jpg", "a.k.png"]
+    assert max(number["value"] for number in document["numbers"] if number["name"] == "linf_levels") <= 2
