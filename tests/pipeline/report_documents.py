@@ -147,6 +147,7 @@ def full() -> dict[str, Any]:
                 "licence": "free",
             },
             {"name": "edit kept", "how": "SSIM", "better": "down", "weights": "none", "licence": "free"},
+            {"name": "face_found", "how": "1 or 0", "better": "neither", "weights": "none", "licence": "free"},
         ],
         "absent": [{"name": "lpips", "reason": "no weights given: --metric lpips=FOLDER, a folder with <weights>"}],
         "fidelity": [

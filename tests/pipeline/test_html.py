@@ -150,6 +150,13 @@ def test_metrics_are_named_with_their_weights_and_absent_ones_with_the_reason(pa
         assert f'<th scope="row">{item["name"]}</th>' in page
         assert f'<code title="{item["weights"]}">{item["weights"][:12]}</code>' in page
     assert "a folder with &lt;weights&gt;" in page
+    assert "<td>not judged</td>" in page
+    assert "Read beside it" not in page
+    document = full()
+    document["customization"][0]["figures"] = [{"cell": "C", "purifier": "none", "not found": 0.6945, "pictures": 12}]
+    shown = render(document, [])
+    assert '<th scope="col">not found</th>' in shown
+    assert '<td class="n">0.695</td>' in shown or '<td class="n">0.694</td>' in shown
 
 
 def test_an_invalid_row_and_one_that_was_not_run_look_unlike_a_measured_one(page: str) -> None:

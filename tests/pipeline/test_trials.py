@@ -273,6 +273,17 @@ def test_a_failing_attack_is_an_error_and_no_number(checked: tuple[Job, Shard, A
     assert all(score.value is None and "ValueError" in str(score.error) for score in result.scores)
 
 
+def test_pictures_that_are_not_finite_are_errors_and_no_black_ones(
+    checked: tuple[Job, Shard, Any], bench: TrialBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pictures = torch.full((2, 3, SIDE, SIDE), 0.5)
+    pictures[1, 0, 0, 0] = torch.nan
+    monkeypatch.setattr("pipeline.verify.trial.sample", lambda *_, **__: pictures)
+    result = bench.run(replace(one_trial(checked), cell=Cell.FLOOR))
+    assert [score.value for score in result.scores] == [None, None]
+    assert all("not finite" in str(score.error) for score in result.scores)
+
+
 def test_a_purifier_draws_the_same_on_both_sides(checked: tuple[Job, Shard, Any], bench: TrialBench) -> None:
     trial = replace(one_trial(checked), purifier="noise", cell=Cell.PURIFIED)
     left = bench.run(trial)
