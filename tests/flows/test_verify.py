@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from pipeline.config import VerifyConfig
 from pipeline.decode import DecodeLimits
 from pipeline.errors import IntegrityError, UserError
+from pipeline.ids import fingerprint
 from pipeline.plan import Shard
 from pipeline.shard_index import schema_to_text
 from pipeline.storage import StorageOptions, open_store
@@ -37,6 +38,7 @@ from tests.protectors.tiny import save_tiny_model
 LOCAL = StorageOptions()
 FEW_STEPS = {"steps": 2, "prior_images": 2, "sampling": {"steps": 2}}
 EDITOR = "sdedit-0.3-quick"
+DISTANCE = "lpips to the edit of the clean image"
 
 
 @pytest.fixture(autouse=True)
@@ -112,6 +114,12 @@ def test_a_report_of_every_cell(archive: Path, tiny: Path, tmp_path: Path) -> No
     assert document["planned"] == document["done"] == {"groups": 2, "images": 2, "trials": 2 * 5 + 2}
     assert document["failed"] == {}
     assert document["attack"]["digests"] == {"latent": folder_digest(tiny)}
+    # Names and digests, and no place on this machine.
+    assert document["attack"]["models"] == {"latent": tiny.name, "pixel": "nano-ddpm"}
+    assert document["settings"]["metrics"] == {"dino": reference_path(NANO_EMBED).name, "lpips": "alexnet"}
+    assert [entry["name"] for entry in document["attack"]["metrics"]] == ["dino_i", DISTANCE]
+    told = json.dumps({name: part for name, part in document.items() if name != "destination"})
+    assert not [place for place in (alexnet, tiny, reference_path(NANO_EMBED)) if str(place) in told]
     for table in (customization, likeness, editing, distance):
         assert {row["purifier"] for row in table["rows"]} == {"none", "jpeg75"}
         assert table["counts"]["error"] == 0
@@ -124,7 +132,7 @@ def test_a_report_of_every_cell(archive: Path, tiny: Path, tmp_path: Path) -> No
     assert distance["cells"]["R"] == 0.0 < distance["cells"]["A"]
     measured = {item["name"]: item["weights"] for item in document["metrics"]}
     assert measured["dino_i"] == measured["subject similarity"] == folder_digest(reference_path(NANO_EMBED))
-    assert measured["lpips to the edit of the clean image"] == folder_digest(alexnet)
+    assert measured[DISTANCE] == folder_digest(alexnet)
     assert {item["name"] for item in document["absent"]} >= {"clip_i", "ism_all", "fid"}
     assert measured["dino_i"][:12] in (folder / "report.html").read_text()
     assert editing["cells"]["A"] < 1.0
@@ -165,6 +173,7 @@ def test_a_report_of_every_cell(archive: Path, tiny: Path, tmp_path: Path) -> No
         (["--attack-model", "pixel=/nowhere"], ["no folder '/nowhere'"]),
         (["--metric", "soap=x"], ["no metric soap=x", "lpips=FOLDER", "faces"]),
         (["--metric", "lpips=/nowhere"], ["holds 0 safetensors files"]),
+        (["--metric", "lpips=a", "--metric", "lpips=b"], ["--metric lpips is given twice"]),
         (["--groups", "0", "--edited", "0"], ["nothing to attack"]),
         (["--subject-column", "whom"], ["no published shard has the columns whom"]),
     ],
@@ -315,6 +324,38 @@ def test_a_campaign_is_named_by_what_decides_its_numbers(archive: Path, tiny: Pa
     # A checkpoint that is only there for others does not count.
     assert list(others[0][0].digests) == ["latent"]
     assert list(others[3][0].digests) == ["latent", "pixel"]
+
+
+def test_metrics_name_a_campaign_only_where_they_are_asked_for(archive: Path, tiny: Path, tmp_path: Path) -> None:
+    """Without them it is what it was before there were any: stored verifications are found again."""
+    plain, targets = planned(archive, tiny)
+    settings = plain.config.attack
+    binding = json.loads((archive / "plans" / "binding.json").read_text())
+    before = {
+        "attack": settings.model_dump(mode="json", exclude={"models", "metrics"}),
+        "parameters": campaign._parameters(settings),
+        "models": {"latent": folder_digest(tiny)},
+        "embedder": folder_digest(reference_path(NANO_EMBED)),
+        "least_likeness": campaign.LEAST_LIKENESS,
+        "shards": [[target.shard.shard_id, target.manifest.logical_sha256] for target in targets],
+        "config": binding["config_fingerprint"],
+        "code": campaign.code_version(),
+        "versions": {name: campaign.version(name) for name in campaign.DECIDING},
+    }
+    assert plain.campaign_id == fingerprint(before)[:16]
+    alexnet = tmp_path / "alexnet"
+    alexnet.mkdir()
+    save_file(AlexNetTrunk().state_dict(), alexnet / "model.safetensors")
+    weights = {"dino": str(reference_path(NANO_EMBED)), "lpips": str(alexnet)}
+    names = {
+        planned(archive, tiny, metrics=asked)[0].campaign_id for asked in (weights, dict(reversed(weights.items())))
+    }
+    assert len(names | {plain.campaign_id}) == 2
+    # Where no image is edited, there is nothing for LPIPS to measure.
+    without = planned(archive, tiny, edited=0)[0]
+    unused = planned(archive, tiny, edited=0, metrics={"lpips": str(alexnet)})[0]
+    assert unused.campaign_id == without.campaign_id
+    assert unused.metrics == without.metrics
 
 
 @pytest.mark.parametrize(
