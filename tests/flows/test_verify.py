@@ -171,7 +171,7 @@ def test_a_report_of_every_cell(archive: Path, tiny: Path, tmp_path: Path) -> No
         (["--purifier", "noisy-upscaling"], ["no upscaler model given"]),
         (["--editor", "inpaint"], ["no inpaint model given"]),
         (["--attack-model", "pixel=/nowhere"], ["no folder '/nowhere'"]),
-        (["--metric", "soap=x"], ["no metric soap=x", "lpips=FOLDER", "faces"]),
+        (["--metric", "soap=x"], ["no metric soap=", "lpips=FOLDER", "faces"]),
         (["--metric", "lpips=/nowhere"], ["holds 0 safetensors files"]),
         (["--metric", "lpips=a", "--metric", "lpips=b"], ["--metric lpips is given twice"]),
         (["--groups", "0", "--edited", "0"], ["nothing to attack"]),
