@@ -48,7 +48,9 @@ def test_a_single_subject_needs_no_name(tmp_path: Path) -> None:
     assert torch.equal(one.images, marked.images)
 
 
-@pytest.mark.parametrize(("data", "words"), [(b"nothing", "7 bytes that are no JPEG"), (bomb_png(), "decompression bomb")])
+@pytest.mark.parametrize(
+    ("data", "words"), [(b"nothing", "7 bytes that are no JPEG"), (bomb_png(), "decompression bomb")]
+)
 def test_a_bad_image_is_named(data: bytes, words: str, tmp_path: Path) -> None:
     write_folder(tmp_path / "photos", {"0.png": photo(0), "bad.png": data, "rex.png": photo(1)})
     columns = {"asset_id": ["0", "bad.png"], "subject": ["rex"] * 2, "subject_class": ["dog"] * 2}
