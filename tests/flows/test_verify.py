@@ -94,13 +94,17 @@ def report_of(destination: Path) -> tuple[Path, dict[str, Any]]:
     return folder, json.loads((folder / "verification.json").read_text())
 
 
-def test_a_report_of_every_cell(archive: Path, tiny: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Of further metrics; LPIPS has random ones."""
+    alexnet = tmp_path_factory.mktemp("alexnet")
+    save_file(AlexNetTrunk().state_dict(), alexnet / "model.safetensors")
+    return {"dino": str(reference_path(NANO_EMBED)), "lpips": str(alexnet)}
+
+
+def test_a_report_of_every_cell(archive: Path, tiny: Path, weights: dict[str, str], tmp_path: Path) -> None:
     store = open_store(str(archive), LOCAL)
     before = contents(store)
-    alexnet = tmp_path / "alexnet"
-    alexnet.mkdir()
-    save_file(AlexNetTrunk().state_dict(), alexnet / "model.safetensors")
-    weights = {"dino": str(reference_path(NANO_EMBED)), "lpips": str(alexnet)}
     config = settings_file(tmp_path, tiny, metrics=weights)
     result = fixative("verify", archive, "-c", config, "--actors", 2, "--out", tmp_path / "report")
     assert result.code == 0, result
@@ -116,10 +120,10 @@ def test_a_report_of_every_cell(archive: Path, tiny: Path, tmp_path: Path) -> No
     assert document["attack"]["digests"] == {"latent": folder_digest(tiny)}
     # Names and digests, and no place on this machine.
     assert document["attack"]["models"] == {"latent": tiny.name, "pixel": "nano-ddpm"}
-    assert document["settings"]["metrics"] == {"dino": reference_path(NANO_EMBED).name, "lpips": "alexnet"}
+    assert document["settings"]["metrics"] == {name: Path(folder).name for name, folder in weights.items()}
     assert [entry["name"] for entry in document["attack"]["metrics"]] == ["dino_i", DISTANCE]
     told = json.dumps({name: part for name, part in document.items() if name != "destination"})
-    assert not [place for place in (alexnet, tiny, reference_path(NANO_EMBED)) if str(place) in told]
+    assert not [place for place in (weights["lpips"], tiny, reference_path(NANO_EMBED)) if str(place) in told]
     for table in (customization, likeness, editing, distance):
         assert {row["purifier"] for row in table["rows"]} == {"none", "jpeg75"}
         assert table["counts"]["error"] == 0
@@ -132,7 +136,7 @@ def test_a_report_of_every_cell(archive: Path, tiny: Path, tmp_path: Path) -> No
     assert distance["cells"]["R"] == 0.0 < distance["cells"]["A"]
     measured = {item["name"]: item["weights"] for item in document["metrics"]}
     assert measured["dino_i"] == measured["subject similarity"] == folder_digest(reference_path(NANO_EMBED))
-    assert measured[DISTANCE] == folder_digest(alexnet)
+    assert measured[DISTANCE] == folder_digest(Path(weights["lpips"]))
     assert {item["name"] for item in document["absent"]} >= {"clip_i", "ism_all", "fid"}
     assert measured["dino_i"][:12] in (folder / "report.html").read_text()
     assert editing["cells"]["A"] < 1.0
@@ -207,12 +211,14 @@ def test_pictures_do_not_go_into_the_archive(archive: Path) -> None:
         assert not inside.exists()
 
 
-def test_a_shard_that_cannot_be_attacked_is_named_and_made_up_for(archive: Path, tiny: Path, tmp_path: Path) -> None:
+def test_a_shard_that_cannot_be_attacked_is_named_and_made_up_for(
+    archive: Path, tiny: Path, weights: dict[str, str], tmp_path: Path
+) -> None:
     destination, source = tmp_path / "destination", tmp_path / "source"
     shutil.copytree(archive, destination, ignore=shutil.ignore_patterns("verif*"))
     shutil.copytree(archive.parent / "source", source)
     (source / "1.parquet").rename(tmp_path / "away")
-    command = ["verify", destination, "-c", settings_file(tmp_path, tiny), "--actors", 1]
+    command = ["verify", destination, "-c", settings_file(tmp_path, tiny, metrics=weights), "--actors", 1]
     first = fixative(*command, "--source", source / "0.parquet")  # a file stands for its folder, as when protecting
     assert first.code == 1, first
     assert EDITOR in first.out
@@ -326,7 +332,9 @@ def test_a_campaign_is_named_by_what_decides_its_numbers(archive: Path, tiny: Pa
     assert list(others[3][0].digests) == ["latent", "pixel"]
 
 
-def test_metrics_name_a_campaign_only_where_they_are_asked_for(archive: Path, tiny: Path, tmp_path: Path) -> None:
+def test_metrics_name_a_campaign_only_where_they_are_asked_for(
+    archive: Path, tiny: Path, weights: dict[str, str]
+) -> None:
     """Without them it is what it was before there were any: stored verifications are found again."""
     plain, targets = planned(archive, tiny)
     settings = plain.config.attack
@@ -343,17 +351,13 @@ def test_metrics_name_a_campaign_only_where_they_are_asked_for(archive: Path, ti
         "versions": {name: campaign.version(name) for name in campaign.DECIDING},
     }
     assert plain.campaign_id == fingerprint(before)[:16]
-    alexnet = tmp_path / "alexnet"
-    alexnet.mkdir()
-    save_file(AlexNetTrunk().state_dict(), alexnet / "model.safetensors")
-    weights = {"dino": str(reference_path(NANO_EMBED)), "lpips": str(alexnet)}
     names = {
         planned(archive, tiny, metrics=asked)[0].campaign_id for asked in (weights, dict(reversed(weights.items())))
     }
     assert len(names | {plain.campaign_id}) == 2
     # Where no image is edited, there is nothing for LPIPS to measure.
     without = planned(archive, tiny, edited=0)[0]
-    unused = planned(archive, tiny, edited=0, metrics={"lpips": str(alexnet)})[0]
+    unused = planned(archive, tiny, edited=0, metrics={"lpips": weights["lpips"]})[0]
     assert unused.campaign_id == without.campaign_id
     assert unused.metrics == without.metrics
 
