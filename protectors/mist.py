@@ -102,18 +102,11 @@ class Mist(PgdProtector[MistConfig, DiffusionModel]):
 
     def _loss(self, moments: tuple[Tensor, Tensor], target: Tensor, embeddings: Tensor, draws: Draws) -> Tensor:
         latents = self.model.latents(moments, draws.posterior)
-        return fused_loss(self.model, latents, target, embeddings, draws, weight=self.config.denoising_weight)
-
-
-def fused_loss(
-    model: DiffusionModel, latents: Tensor, target: Tensor, embeddings: Tensor, draws: Draws, *, weight: float
-) -> Tensor:
-    """J of Mist per image ``(B,)``: squared distance to the target less the weighted denoising loss, both means over
-    latent elements; without weight the UNet is not asked."""
-    textural = (latents - target).square().flatten(1).mean(1)
-    if weight == 0:
-        return textural
-    return textural - weight * latent_denoising_loss(model, latents, embeddings, draws)
+        textural = (latents - target).square().flatten(1).mean(1)
+        if self.config.denoising_weight == 0:
+            return textural
+        semantic = latent_denoising_loss(self.model, latents, embeddings, draws)
+        return textural - self.config.denoising_weight * semantic
 
 
 @torch.no_grad()

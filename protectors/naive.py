@@ -16,14 +16,13 @@ class NaiveConfig(LearningToProtectConfig):
     """Fields of ``LearningToProtectConfig``; without a simulated attack unless it is asked for."""
 
     inner_steps: int = 0
-    # lambda of the paper.
-    preservation_weight: float = 1.0
 
 
 class Naive(LearningToProtect[NaiveConfig]):
     """Raises the denoising loss on the subject and lowers that on its class: a negative control.
 
-    Section 4.1 of APDM, https://arxiv.org/abs/2511.01307: L = -L_simple(subject) + lambda L_ppl(class), descended.
+    Section 4.1 of APDM, https://arxiv.org/abs/2511.01307: L = -L_simple(subject) + lambda L_ppl(class), descended;
+    lambda is ``preservation_weight``.
     The loss on the subject has no upper bound, so that nothing makes it stop; the paper shows that the two terms do
     not converge together, and that images of other things suffer at every lambda.
 

@@ -16,6 +16,7 @@ from protectors.model_base import ModelProtector
 from protectors.model_files import ModelError
 from protectors.model_registry import model_protector_class, model_protector_names
 from protectors.registry import UnknownProtector
+from tests.contract.docstrings import assert_complete
 from tests.protectors.model_runs import concept, copied, small_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -147,11 +148,7 @@ def test_config_and_presets(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_docstring_is_complete(name: str) -> None:
-    text = model_protector_class(name).__doc__ or ""
-    parts = ["https://", "Distance:", "Args:", "Shape:", "Returns:", "Raises:", "Cost:", "Differs from the paper:"]
-    places = [text.find(part) for part in parts]
-    assert -1 not in places
-    assert places == sorted(places)
+    assert_complete(model_protector_class(name))
 
 
 def test_unknown_names_are_told() -> None:

@@ -24,6 +24,7 @@ from protectors.inpainting import InpaintingModel, load_inpainting_model
 from protectors.model_files import ModelError
 from protectors.pixel import PixelModel, load_pixel_model
 from protectors.registry import protector_class, protector_names
+from tests.contract.docstrings import assert_complete
 from tests.protectors.tiny import save_tiny_inpainting_model, save_tiny_model, save_tiny_pixel_model
 
 # Overrides of the "fast" preset that keep a test under a second on the tiny model.
@@ -303,8 +304,4 @@ def test_config_and_presets(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_docstring_is_complete(name: str) -> None:
-    text = protector_class(name).__doc__ or ""
-    parts = ["https://", "Distance:", "Args:", "Shape:", "Returns:", "Raises:", "Cost:", "Differs from the paper:"]
-    places = [text.find(part) for part in parts]
-    assert -1 not in places
-    assert places == sorted(places)
+    assert_complete(protector_class(name))
