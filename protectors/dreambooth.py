@@ -21,6 +21,9 @@ from protectors.surrogate import SurrogateKind, Surrogates, subject_seeds
 
 _SAMPLING_STEPS = 50
 _GUIDANCE = 7.5
+_STREAMS = "class images"
+# How class images are drawn, for provenance. Number i of a draw has seed i of the streams.
+CLASS_SAMPLER = {"sampler": "ddim", "steps": _SAMPLING_STEPS, "guidance": _GUIDANCE, "streams": _STREAMS}
 _SAMPLED_TOGETHER = 8
 # Prompts per model whose class images are kept: an archive can bring one caption per image. 200 class images of SD take
 # 13 MB.
@@ -255,7 +258,7 @@ def draw_class_latents(model: DiffusionModel, prompt: str, count: int) -> Tensor
     scheduler.set_timesteps(_SAMPLING_STEPS, device=model.device)
     embeddings = torch.split(model.embed_prompts([prompt, ""]), 1)
     drawn = []
-    for generators in _chunks(streams(range(count), "class images")):
+    for generators in _chunks(streams(range(count), _STREAMS)):
         latents = normal(generators, shape).to(model.device)
         for t in scheduler.timesteps:
             times = t.expand(len(latents))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from protectors.concepts import CachedConcept, Concept, attacker_words, cache_concept
-from protectors.config import ProtectorConfig, require
+from protectors.config import MethodConfig, require
 from protectors.diffusion import DiffusionModel
 from protectors.model_files import ModelError
 from protectors.pgd import Progress
@@ -29,11 +29,9 @@ Curves = Mapping[str, tuple[float, ...]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ModelProtectorConfig(ProtectorConfig):
+class ModelProtectorConfig(MethodConfig):
     """Fields of every method that changes a model's weights."""
 
-    # No pixel changes, so there is no budget of pixels: this takes the parent's field away.
-    eps_levels: ClassVar[float] = 0.0  # type: ignore[misc]
     # Updates of the protected weights for each concept; several concepts take turns.
     steps: int = 800
     # AdamW's learning rate for the protected weights, constant.
@@ -50,6 +48,7 @@ class ModelProtectorConfig(ProtectorConfig):
     gradient_checkpointing: bool = False
 
     def check(self) -> None:
+        MethodConfig.check(self)
         require(self.steps >= 1, "steps", self.steps, "use 1 or more")
         require(self.rate > 0, "rate", self.rate, "use more than 0")
         words = bool(self.identifiers) and all(word.strip() for word in self.identifiers)
@@ -86,6 +85,8 @@ class ProtectedModel:
     weights: Mapping[str, Tensor]
     """The UNet's parameters by name, float32 on the CPU. VAE and text encoder are those of the model."""
     facts: ModelFacts
+    positives: tuple[Tensor, ...]
+    """Per concept, scaled latents ``(N, C, h, w)`` float32 on the CPU, in the order of ``facts.pairs``."""
 
     def apply(self, unet: Any) -> None:
         """Writes the weights into a UNet of the same kind, in place; raises RuntimeError where they do not fit."""
@@ -249,7 +250,9 @@ def _result(study: Study, protected: ProtectedWeights) -> ProtectedModel:
         drift=_norm(changes.values()) / _norm(before.values()),
         largest_change=max(float(change.abs().max()) for change in changes.values()),
     )
-    return ProtectedModel(weights=weights, facts=facts)
+    return ProtectedModel(
+        weights=weights, facts=facts, positives=tuple(concept.positives.cpu() for concept in study.concepts)
+    )
 
 
 def _norm(tensors: Iterable[Tensor]) -> float:
