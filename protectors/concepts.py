@@ -69,7 +69,7 @@ def image_digests(images: Tensor) -> list[str]:
 def attacker_words(class_word: str, identifiers: Sequence[str], templates: Sequence[str]) -> tuple[Words, ...]:
     """Every template with every identifier."""
     return tuple(
-        Words(instance=template.format(f"{identifier} {class_word}"), general=template.format(class_word))
+        Words(instance=template.replace("{}", f"{identifier} {class_word}"), general=template.replace("{}", class_word))
         for template, identifier in product(templates, identifiers)
     )
 

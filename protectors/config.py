@@ -18,8 +18,8 @@ LATE: Mapping[str, bool] = {"late": True}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ProtectorConfig:
-    """Base of every method's configuration.
+class MethodConfig:
+    """Base of every configuration, of methods that change images and of those that change models.
 
     Fields hold plain JSON values only, so that ``canonical_json()`` can name the configuration in
     fingerprints. Subclasses add fields and override ``check``; types are checked here for all of them.
@@ -27,10 +27,6 @@ class ProtectorConfig:
     Raises:
         ValueError: a field has the wrong type or a value that cannot work; the message says the fix.
     """
-
-    # Largest change of any saved pixel value, in 8-bit levels. A file can only use whole levels, so 7.65
-    # gives 7. Larger protects better and shows more.
-    eps_levels: float = 8.0
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
@@ -42,8 +38,7 @@ class ProtectorConfig:
     def check(self) -> None:
         """Raises ValueError if the values do not fit together; subclasses call their parent's first."""
         # super() without arguments fails in slots dataclasses on Python 3.11 (the decorator makes a new
-        # class): subclasses write ``ProtectorConfig.check(self)``.
-        require(1 <= self.eps_levels <= 255, "eps_levels", self.eps_levels, "use 1 to 255 (8-bit levels)")
+        # class): subclasses write ``MethodConfig.check(self)``.
 
     def canonical_json(self) -> str:
         """The one JSON text of these values: sorted keys, no spaces; 8 and 8.0 give the same text."""
@@ -67,6 +62,19 @@ class ProtectorConfig:
     def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed, checked like a new one; unknown fields raise ValueError."""
         return self.from_dict({**self.to_dict(), **changes})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProtectorConfig(MethodConfig):
+    """Base of the configurations of methods that change images."""
+
+    # Largest change of any saved pixel value, in 8-bit levels. A file can only use whole levels, so 7.65
+    # gives 7. Larger protects better and shows more.
+    eps_levels: float = 8.0
+
+    def check(self) -> None:
+        MethodConfig.check(self)
+        require(1 <= self.eps_levels <= 255, "eps_levels", self.eps_levels, "use 1 to 255 (8-bit levels)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -173,6 +173,8 @@ def test_concepts_take_turns_and_words_are_drawn_for_each_attack(model: Diffusio
 def test_prompts_are_plain_and_the_identifier_goes_before_the_whole_class_word() -> None:
     (words,) = attacker_words("stuffed animal", ("sks",), ("a photo of {}",))
     assert (words.instance, words.general) == ("a photo of sks stuffed animal", "a photo of stuffed animal")
+    (odd,) = attacker_words("{0} cat", ("{x}",), ("a {x} {}",))
+    assert (odd.instance, odd.general) == ("a {x} {x} {0} cat", "a {x} {0} cat")
     for preset in APDM.presets.values():
         for words in attacker_words("dog", preset.identifiers, preset.templates):
             assert not set("\"'_") & set(words.instance + words.general)
