@@ -1,15 +1,10 @@
-"""Does the work of a comparison: protects photos and runs trials, in this process or in several."""
+"""Does the work of a comparison: protects photos and runs trials."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +13,6 @@ import torch
 from pipeline.compare.plan import Comparison, PlannedCustomization, PlannedEdit, PlannedTrial, Protection
 from pipeline.compare.store import Protected, Results
 from pipeline.compare.subjects import photo_digest, pixels_of
-from pipeline.errors import FatalWorkerError
 from pipeline.ids import asset_seed
 from pipeline.verify.attack_models import AttackModels
 from pipeline.verify.customizers.base import PHOTO
@@ -35,7 +29,6 @@ from protectors.registry import protector_class
 SUBJECTS = "subjects"  # names the set of photos in scores, as a shard's id does elsewhere
 
 Task = Protection | PlannedTrial
-Runner = Callable[[Iterable[Task]], Iterator["Done"]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,59 +140,6 @@ class Bench:
         return result
 
 
-_bench: Bench | None = None
-
-
-def _start(comparison: Comparison, folder: Path) -> None:
-    global _bench
-    torch.set_num_threads(1)
-    _bench = Bench(comparison, folder)
-
-
-def _run(task: Task) -> Done:
-    if _bench is None:
-        raise RuntimeError("the process was not started by `workbench`")
-    return _bench.run(task)
-
-
-@contextmanager
-def workbench(comparison: Comparison, folder: Path, *, workers: int) -> Iterator[Runner]:
-    """Gives a function that does tasks and yields them as they end, in any order.
-
-    Every process works with one thread, so that numbers are equal on every number of workers.
-
-    Args:
-        comparison: what is compared.
-        folder: of its results.
-        workers: processes; 1 works in this one.
-
-    Raises:
-        FatalWorkerError: (the function) a process died, or its machine is ill.
-    """
-    if workers == 1:
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            yield partial(map, Bench(comparison, folder).run)
-        finally:
-            torch.set_num_threads(threads)
-        return
-    # Spawned, because a forked child of a process with torch's threads can hang.
-    with ProcessPoolExecutor(
-        workers, mp_context=get_context("spawn"), initializer=_start, initargs=(comparison, folder)
-    ) as pool:
-        yield partial(_in_pool, pool)
-
-
-def _in_pool(pool: ProcessPoolExecutor, tasks: Iterable[Task]) -> Iterator[Done]:
-    futures = [pool.submit(_run, task) for task in tasks]
-    try:
-        for future in as_completed(futures):
-            yield future.result()
-    except BrokenProcessPool as error:
-        raise FatalWorkerError(
-            "a worker died, perhaps for lack of memory: run the same command again, with fewer --workers"
-        ) from error
-    finally:
-        for future in futures:
-            future.cancel()
+def worker(comparison: Comparison, folder: Path) -> Callable[[Task], Done]:
+    """What does tasks in one process; its results go into the folder."""
+    return Bench(comparison, folder).run

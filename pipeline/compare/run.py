@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Protocol
 
-from pipeline.compare.bench import workbench
+from pipeline.compare.bench import worker
 from pipeline.compare.plan import Comparison
 from pipeline.compare.store import Results
+from pipeline.processes import workbench
 
 
 class Observer(Protocol):
@@ -29,7 +31,7 @@ def run_comparison(comparison: Comparison, results: Results, observer: Observer,
         FatalWorkerError: a process died, or its machine is ill; what is stored stays.
     """
     failed = {method.label: method.failed for method in comparison.methods if method.failed is not None}
-    with workbench(comparison, results.folder, workers=workers) as run:
+    with workbench(partial(worker, comparison, results.folder), workers=workers) as run:
         protections = comparison.protections()
         stored = results.protections()
         missing = [task for task in protections if task.key not in stored]
