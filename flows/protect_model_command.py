@@ -34,9 +34,9 @@ _HELP = (
     "[bold]Whoever has the original weights is not hindered[/bold], and how much the new ones hinder is not measured "
     "here.\n\n"
     "Writes a diffusers folder: the given model with another UNet, a model card, provenance.json (digests, hashes of "
-    "the photos, configuration, seed, versions, curves) and curves.png; no photo, and nothing cut from one. It is "
-    "written whole or not at all. Checkpoints lie beside it until then: run the same command again to go on after a "
-    "stop.\n\n"
+    "the photos, configuration, seed, versions, curves), curves.png, and positives/: pictures that the model drew "
+    "itself to stand beside the photos, with their manifest. No photo, and nothing cut from one. It is written whole "
+    "or not at all. Checkpoints lie beside it until then: run the same command again to go on after a stop.\n\n"
     "The paper's preset is for real models and takes about 9 hours on an RTX A6000; fast is for the embedded ones, and "
     "its rates would ruin a real one. Try --dry-run first.\n\n"
     "Example: fixative protect-model ./stable-diffusion-v1-5 --concept photos-of-rex/ --class-word dog --out protected "
@@ -78,6 +78,10 @@ def protect_model(
         list[str] | None,
         _method("--set", help="Another field of the method, as name=value; repeatable. --dry-run shows them."),
     ] = None,
+    positives: Annotated[
+        str | None,
+        _method("--positives", help="Take up OUT/positives of an earlier run. (Default: the model draws them.)"),
+    ] = None,
     seed: Annotated[int, _how("--seed", help="Of all random draws.", min=0)] = 0,
     device: Annotated[str, _how("--device", help="cpu or cuda.")] = "cpu",
     work: Annotated[
@@ -108,6 +112,7 @@ def protect_model(
             preset=preset,
             overrides=overrides_of(overrides) or {},
             images=images,
+            positives=positives,
             seed=seed,
             device=device,
             checkpoint_every=checkpoint_every,

@@ -30,7 +30,8 @@ pipeline = StableDiffusionPipeline.from_pretrained("this folder", safety_checker
 | largest change of one weight | {largest:.3g} |
 {curves}
 `provenance.json` has the configuration, the seed, hashes of the photos that were used, the versions and all curves;
-`curves.png` shows them. The photos themselves are not in this folder.
+`curves.png` shows them. The photos themselves are not in this folder. `positives/` has what stood beside them in the
+training, each with the hash of its photo: pictures of the class that the given model drew itself.
 
 ## Limits
 

@@ -41,6 +41,8 @@ class ModelJob(_Settings):
     overrides: dict[str, Any] = Field(default_factory=dict)
     # Images per concept, at most, the first by name or asset id; the others stay unseen, to verify with. None: all.
     images: Annotated[int | None, Field(ge=1)] = None
+    # Folder with positives and their manifest, as an earlier run left it in OUT/positives. None: the model draws them.
+    positives: str | None = None
     seed: Annotated[int, Field(ge=0, lt=SEED_LIMIT)] = 0
     device: str = "cpu"
     # Updates between two checkpoints; each writes three times the UNet's weights.

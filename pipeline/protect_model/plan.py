@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from pipeline.ids import differing_fields
 from pipeline.job import code_version, model_folder
 from pipeline.protect_model.concepts import read_concept, split_source
 from pipeline.protect_model.job import ModelJob
-from pipeline.storage import same_or_nested
+from pipeline.protect_model.positives import Positives, read_positives
+from pipeline.storage import StorageOptions, open_store, same_or_nested
 from protectors.concepts import Concept, image_digests
 from protectors.model_base import ModelProtector, ModelProtectorConfig
 from protectors.model_files import check_folder, model_base_size, model_digest
@@ -43,6 +45,8 @@ class ModelPlan:
     preset: str
     config: ModelProtectorConfig
     concepts: tuple[Concept, ...]
+    # One per concept; None: the model draws them.
+    positives: tuple[Positives, ...] | None
     # Decides the weights, with ``environment``: JSON values. Images are named by hashes.
     identity: dict[str, Any]
     environment: dict[str, Any]
@@ -81,8 +85,13 @@ def plan_model(job: ModelJob) -> ModelPlan:
     check_folder(folder)
     side = model_base_size(str(folder))
     concepts = tuple(read_concept(source, side=side, most=job.images) for source in job.concepts)
+    base = model_digest(str(folder))
+    positives = None if job.positives is None else _positives(job.positives, base, concepts)
+    if positives is not None:
+        pairs = zip(concepts, positives, strict=True)
+        concepts = tuple(replace(concept, positives=given.given_to(concept)) for concept, given in pairs)
     identity = {
-        "base": model_digest(str(folder)),
+        "base": base,
         "method": f"{method.name} {method.version}",
         "config": config.to_dict(),
         "seed": job.seed,
@@ -90,6 +99,8 @@ def plan_model(job: ModelJob) -> ModelPlan:
             {"class_word": concept.class_word, "images": sorted(image_digests(concept.images))} for concept in concepts
         ],
     }
+    if positives is not None:
+        identity["positives"] = [[digest for _, digest in given.pairs] for given in positives]
     environment = {
         "device": torch.device(job.device).type,
         "versions": {"fixative": code_version(), **{name: version(name) for name in _LIBRARIES}},
@@ -105,6 +116,7 @@ def plan_model(job: ModelJob) -> ModelPlan:
         preset=preset,
         config=config,
         concepts=concepts,
+        positives=positives,
         identity=identity,
         environment=environment,
         finished=_is_finished(job.out, identity),
@@ -123,6 +135,10 @@ def _method(job: ModelJob) -> tuple[type[ModelProtector[Any]], str, ModelProtect
         return method, preset, method.presets[preset].replace(**job.overrides)
     except (ValueError, TypeError) as error:
         raise UserError(f"method {job.method!r}: {error}") from error
+
+
+def _positives(url: str, base: str, concepts: Sequence[Concept]) -> tuple[Positives, ...]:
+    return read_positives(open_store(url, StorageOptions()), base, concepts)
 
 
 def _check_local(job: ModelJob) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import io
 import shutil
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,11 @@ from safetensors.torch import save_file
 from pipeline.errors import PipelineError
 from pipeline.protect_model.card import model_card
 from pipeline.protect_model.plan import PROVENANCE, ModelPlan
+from pipeline.protect_model.positives import FOLDER, Positives, write_positives
 from pipeline.storage import json_bytes
+from protectors.concepts import attacker_words
+from protectors.diffusion import DiffusionModel
+from protectors.dreambooth import CLASS_SAMPLER
 from protectors.model_base import Curves, ProtectedModel
 from protectors.model_files import MODEL_INDEX, defining_files, model_digest, read_json
 
@@ -26,7 +31,7 @@ _UNET = "unet"
 _LEGAL = ("license", "notice")
 
 
-def publish(plan: ModelPlan, protected: ProtectedModel) -> None:
+def publish(plan: ModelPlan, protected: ProtectedModel, model: DiffusionModel) -> None:
     """Writes the folder whole or not at all: beside it first, then under its name.
 
     A kill leaves a hidden folder beside it, which is never taken for a model.
@@ -42,6 +47,7 @@ def publish(plan: ModelPlan, protected: ProtectedModel) -> None:
         weights = part / _UNET / SAFETENSORS_WEIGHTS_NAME
         save_file({name: weight.contiguous() for name, weight in protected.weights.items()}, weights, {"format": "pt"})
         document = provenance(plan, protected, part, weights)
+        write_positives(part / FOLDER, plan.identity["base"], _positives(plan, protected), model)
         (part / "curves.png").write_bytes(_drawn(protected.facts.curves))
         (part / "README.md").write_text(model_card(plan, document), encoding="utf-8")
         (part / PROVENANCE).write_bytes(json_bytes(document))
@@ -50,6 +56,25 @@ def publish(plan: ModelPlan, protected: ProtectedModel) -> None:
         raise PipelineError(f"{out} cannot be written: {error}; the checkpoints stay, run it again") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def _positives(plan: ModelPlan, protected: ProtectedModel) -> Sequence[Positives]:
+    if plan.positives is not None:
+        return plan.positives
+    first, config = plan.config.class_images, plan.config  # class images are drawn before them
+    return [
+        Positives(
+            class_word=concept.class_word,
+            pairs=pairs,
+            seeds=tuple(range(first, first + len(pairs))),
+            drawn={
+                "prompt": attacker_words(concept.class_word, config.identifiers, config.templates)[0].general,
+                **CLASS_SAMPLER,
+            },
+            latents=latents,
+        )
+        for concept, pairs, latents in zip(plan.concepts, protected.facts.pairs, protected.positives, strict=True)
+    ]
 
 
 def provenance(plan: ModelPlan, protected: ProtectedModel, folder: Path, weights: Path) -> dict[str, Any]:

@@ -53,7 +53,7 @@ def protect_model(plan: ModelPlan, progress: Progress | None = None) -> None:
             ) from error
         except NotFiniteError as error:
             raise PipelineError(f"{error}. For another rate remove {work}, or choose another --work") from error
-        publish(plan, protected)
+        publish(plan, protected, model)
     _clean(plan.job.work_folder)
 
 

@@ -30,7 +30,8 @@ from protectors.diffusion import load_model, model_digest
 from tests.pipeline.model_jobs import LEFT_OUT, QUICK, SIDE, contents, job, traces, world
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
-MADE = {UNET, "README.md", "curves.png", "provenance.json"}
+POSITIVES = {f"positives/{name}" for name in ("0.safetensors", "0.png", "manifest.json")}
+MADE = {UNET, "README.md", "curves.png", "provenance.json", *POSITIVES}
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
