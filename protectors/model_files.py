@@ -159,7 +159,7 @@ def defining_files(folder: Path, parts: Iterable[str]) -> list[Path]:
     """
     files = [folder / MODEL_INDEX]
     for part in parts:
-        files += [file for file in (folder / part).glob("*") if _defines(file)]
+        files += [file for file in (folder / part).glob("*") if defines(file.name)]
     return sorted(files, key=lambda file: file.relative_to(folder).as_posix())
 
 
@@ -178,6 +178,7 @@ def model_base_size(path_or_id: str, form: Form = "latent text-to-image") -> int
         raise ModelError(f"{folder}: the UNet's or the VAE's config.json does not tell the model's size") from error
 
 
-def _defines(file: Path) -> bool:
-    wanted = any(fnmatch(file.name, kind) for kind in _DEFINING)
-    return wanted and not any(fnmatch(file.name, kind) for kind in _VARIANTS)
+def defines(name: str) -> bool:
+    """Whether a file of this name, in a component's folder, is one of those that define the model."""
+    wanted = any(fnmatch(name, kind) for kind in _DEFINING)
+    return wanted and not any(fnmatch(name, kind) for kind in _VARIANTS)
