@@ -337,15 +337,11 @@ def _cell(row: Mapping[str, Any]) -> str:
 def main() -> None:
     """Prints the tables and writes them to OUT, with every photo's figures in the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--data", type=Path, default=Path("../shared/data/photos_train.parquet"), help="Parquet of photos"
-    )
-    parser.add_argument(
-        "--out", type=Path, required=True, help="folder of pictures and results; goes on where it stopped"
-    )
+    parser.add_argument("--data", type=Path, required=True, help="Parquet with columns asset_id and image")
+    parser.add_argument("--out", type=Path, required=True, help="folder of pictures and tables")
     parser.add_argument("--photos", type=int, default=6, help="from 20 on intervals are BCa; six are few")
     parser.add_argument("--only", choices=sorted(EXPERIMENTS), help="one of the two experiments")
-    parser.add_argument("--purifier", choices=sorted(PURIFIERS), help="in place of the experiment's own")
+    parser.add_argument("--purifier", choices=PURIFIERS, metavar="NAME", help="in place of the experiment's own")
     parser.add_argument("--side", type=int, default=128, help="of a photo in pixels")
     parser.add_argument("--seed", type=int, default=0, help="chooses photos, and all draws")
     parser.add_argument("--workers", type=int, default=1, help="processes of one thread each")
