@@ -40,19 +40,19 @@ def write_files(found: Findings, results: Results) -> list[str]:
     }
     results.folder.mkdir(parents=True, exist_ok=True)
     for name, data in texts.items():
-        with _replaced(results.folder / name) as file:
+        with replaced(results.folder / name) as file:
             file.write_bytes(data)
-    with _replaced(results.folder / "comparison.png") as file:
+    with replaced(results.folder / "comparison.png") as file:
         pictures.plot(found, file)
     if all(row.failed is not None for row in found.rows):
         return [*texts, "comparison.png"]
-    with _replaced(results.folder / "sheet.png") as file:
+    with replaced(results.folder / "sheet.png") as file:
         pictures.sheet(found, results, file)
     return [*texts, "comparison.png", "sheet.png"]
 
 
 @contextmanager
-def _replaced(file: Path) -> Iterator[Path]:
+def replaced(file: Path) -> Iterator[Path]:
     """A path to write to: what lies there in the end takes the place of the file at once."""
     new = file.with_name(f".{os.getpid()}-{file.name}")
     try:

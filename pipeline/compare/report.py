@@ -185,13 +185,14 @@ def _mark(table: Table) -> str:
     return "(attack too weak)" if ATTACK_GATE in failed else "(not valid)" if failed else ""
 
 
-def written(interval: Interval | None) -> str:
+def written(interval: Interval | None, *, digits: int = 2) -> str:
     """A figure with its interval, "-" where there is none."""
     if interval is None:
         return "-"
+    form = f"z.{digits}f"
     if interval.low is None or interval.high is None:
-        return f"{interval.value:z.2f}"
-    return f"{interval.value:z.2f} [{interval.low:z.2f}, {interval.high:z.2f}]"
+        return format(interval.value, form)
+    return f"{interval.value:{form}} [{interval.low:{form}}, {interval.high:{form}}]"
 
 
 def notes(found: Findings, attack: AttackSpec) -> list[str]:

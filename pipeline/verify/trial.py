@@ -122,14 +122,20 @@ def square(pixels: Pixels, side: int) -> Pixels:
 
 
 class TrialBench:
-    """Holds the attacker's models and runs trials. One per actor."""
+    """Holds the attacker's models and runs trials. One per actor.
 
-    def __init__(self, attack: Attack, models: AttackModels) -> None:
+    Args:
+        attack: which one.
+        models: nothing changes them.
+        priors: class images of the latent model, where several attacks on it share them.
+    """
+
+    def __init__(self, attack: Attack, models: AttackModels, priors: PriorImages | None = None) -> None:
         self.attack, self.models = attack, models
         self.customizer = customizer(attack.customizer, attack.preset, attack.overrides)
         self.embedder = Embedder(device=models.device)
         self.further = attack.further.load(device=models.device)
-        self._priors = PriorImages(self.models.get(ModelKind.LATENT))
+        self._priors = priors or PriorImages(self.models.get(ModelKind.LATENT))
 
     def run(self, trial: Trial) -> TrialResult:
         """Runs one trial; an attack that fails gives scores of state "error", never a number.

@@ -1,0 +1,1 @@
+"""How well a protected model resists personalization, what else it lost, and how sure that is."""
