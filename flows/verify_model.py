@@ -40,7 +40,7 @@ _HELP = (
     "Both models are customized on the same photos with the same seeds. [bold]Prevented[/bold] is the share of what "
     "the attack gains on the base that it does not gain on the protected model; it should be 0.5 or more. "
     "[bold]Kept[/bold] is the share that is left for other subjects, of the same class and of others; it should be 0.8 "
-    "or more. The held-out denoising loss should rise by 5 % at most. A bar that is missed is a result and no error.\n\n"
+    "or more. The held-out denoising loss should rise by 5 % at most. A missed bar is a result and no error.\n\n"
     "Photos are told apart by the hashes in the model's provenance: those that it was protected on are seen, the "
     "subject's other ones unseen. Likeness is always to photos that the attacker does not have. The first of --sets, "
     "--identifiers and --attacks is the centre; every further one is a row of its own that differs from it in that one "
