@@ -15,6 +15,7 @@ from rich.table import Table
 
 from flows import show
 from pipeline.errors import UserError
+from pipeline.settings_yaml import read_yaml
 
 if TYPE_CHECKING:
     from pipeline.laboratory.figures import Figure
@@ -213,8 +214,8 @@ def _plans(overrides: list[str]) -> dict[str, dict[str, Any]]:
 
 def _value(text: str) -> Any:
     try:
-        return float(text) if "e" in text.lower() else yaml.safe_load(text)  # YAML takes 1e-3 for a word
-    except (ValueError, yaml.YAMLError):
+        return read_yaml(text)
+    except yaml.YAMLError:
         return text
 
 

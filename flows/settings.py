@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from pipeline.config import JobConfig, VerifyConfig
 from pipeline.errors import UserError
+from pipeline.settings_yaml import read_yaml
 
 Config = TypeVar("Config", JobConfig, VerifyConfig)
 
@@ -28,7 +29,7 @@ def settings(model: type[Config], path: Path | None, given: dict[str, Any]) -> C
     document: Any = {}
     if path is not None:
         try:
-            document = yaml.safe_load(path.read_text()) or {}
+            document = read_yaml(path.read_text()) or {}
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise UserError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from error
         if not isinstance(document, dict):
@@ -72,7 +73,7 @@ def overrides_of(values: list[str] | None) -> dict[str, Any] | None:
         if not mark:
             raise UserError(f"--set {text}: write name=value")
         try:
-            result[name] = yaml.safe_load(value)
+            result[name] = read_yaml(value)
         except yaml.YAMLError as error:
             raise UserError(f"--set {text}: the value is no YAML; put it in quotes") from error
     return result

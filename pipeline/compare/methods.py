@@ -14,6 +14,7 @@ import yaml
 from pipeline.errors import UserError
 from pipeline.ids import fingerprint
 from pipeline.job import NO_MODEL, model_folder
+from pipeline.settings_yaml import read_yaml
 from protectors.loading import model_source
 from protectors.model_files import ModelError
 from protectors.reference import ReferenceModelError
@@ -93,7 +94,7 @@ def read_methods(file: Path) -> list[MethodSpec]:
         UserError: it cannot be read, or a row has another form.
     """
     try:
-        rows = yaml.safe_load(file.read_text(encoding="utf-8"))
+        rows = read_yaml(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{file} cannot be read as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
