@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pipeline.compare.files import replaced
 from pipeline.storage import json_bytes
-from pipeline.verify_model import report
+from pipeline.verify_model import pictures, report
 from pipeline.verify_model.results import Findings
 from pipeline.verify_model.store import Results
 
@@ -19,4 +19,8 @@ def write_files(found: Findings, results: Results) -> list[str]:
     for name, data in texts.items():
         with replaced(results.folder / name) as file:
             file.write_bytes(data)
-    return list(texts)
+    with replaced(results.folder / "verification.png") as file:
+        pictures.plot(found, file)
+    with replaced(results.folder / "sheet.png") as file:
+        pictures.sheet(found, results, file)
+    return [*texts, "verification.png", "sheet.png"]
