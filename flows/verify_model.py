@@ -18,7 +18,7 @@ from flows.settings import overrides_of
 from pipeline.errors import PipelineError, UserError
 
 if TYPE_CHECKING:
-    from pipeline.verify_model.plan import ModelPlan
+    from pipeline.verify_model.plan import VerificationPlan
     from pipeline.verify_model.results import Findings
     from pipeline.verify_model.store import Results
 
@@ -91,8 +91,8 @@ def verify_model(
         Path | None,
         _cost(
             "--held-out",
-            help="Parquet with asset_id, image, caption, of photos that the base was not trained on. Of an embedded "
-            "base's own training file its held-out fifth is taken.",
+            help="Parquet with asset_id, image, caption, of photos that the base was not trained on. With an embedded "
+            "base only the fifth of the asset ids is taken that no embedded model is trained on.",
         ),
     ] = None,
     held_out_photos: Annotated[int, _cost("--held-out-photos", help="How many of them, at most.", min=1)] = 64,
@@ -165,7 +165,7 @@ def _problems(failed: Sequence[str]) -> list[str]:
     return [*said, f"{more} more failed trials are in verification.json"] if more > 0 else said
 
 
-def _show_plan(plan: ModelPlan, results: Results) -> None:
+def _show_plan(plan: VerificationPlan, results: Results) -> None:
     for model in plan.protected:
         for concept in model.concepts:
             console.print(

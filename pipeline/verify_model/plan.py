@@ -59,7 +59,7 @@ class Settings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ModelPlan:
+class VerificationPlan:
     """A resolved verification."""
 
     settings: Settings
@@ -90,7 +90,7 @@ class ModelPlan:
         return list(dict.fromkeys(model.label for model in self.protected))
 
 
-def plan_verification(settings: Settings) -> ModelPlan:
+def plan_verification(settings: Settings) -> VerificationPlan:
     """Checks every name and reads models and photos, before anything is computed.
 
     Raises:
@@ -121,7 +121,7 @@ def plan_verification(settings: Settings) -> ModelPlan:
         side=side,
         about={**environment, "embedder": embedder},
     )
-    return ModelPlan(
+    return VerificationPlan(
         settings=settings,
         base=base,
         side=side,
@@ -184,7 +184,7 @@ def _check_named(option: str, given: Sequence[str], known: Mapping[str, str]) ->
 
 
 def _held_out(settings: Settings) -> Photos | None:
-    """Of the training photos of an embedded model those that it never saw; of any other file all."""
+    """For an embedded model the fifth of the asset ids that it is never trained on; for any other all photos."""
     if settings.held_out is None:
         return None
     side = True if settings.base in PINNED else None

@@ -30,6 +30,8 @@ MEASURE = (
 )
 HEADER = ("photos", "attack", "word", "method", "A", "C", "F", "own F", "gain A - F", "prevented", "kept", "bar", "n")
 DIFFERENCE_HEADER = ("row", "methods", "difference", "over")
+SETS_HEADER = ("photos", "subject", "attacker has", "of them protected on", "likeness to", "of them protected on",
+               "in both")  # fmt: skip
 UTILITY_HEADER = ("method", "models", "held-out loss, ratio", "bar", "cosine of pairs", "control", "KID", "control",
                   "drift", "largest change")  # fmt: skip
 
@@ -264,6 +266,21 @@ def notes(found: Findings) -> list[str]:
     return said
 
 
+def set_lines(found: Findings) -> list[list[str]]:
+    """Which photos protection, attack and comparison share, one line per kind of photos and subject."""
+    lines = []
+    for case in found.plan.cases:
+        sets = image_sets(case)
+        overlap = sets["overlap"]
+        attack = f"{len(sets['attack'])}{', changed' if sets['attack_changed'] else ''}"
+        lines.append([
+            case.row.images if case.row.kind is Kind.CONCEPT else str(case.row.kind), case.subject.name,
+            attack, str(overlap["protection_and_attack"]), str(len(sets["references"])),
+            str(overlap["protection_and_references"]), str(overlap["attack_and_references"]),
+        ])  # fmt: skip
+    return [list(line) for line in dict.fromkeys(map(tuple, lines))]
+
+
 def markdown(found: Findings) -> str:
     """The tables as Markdown."""
     plan = found.plan
@@ -276,6 +293,7 @@ def markdown(found: Findings) -> str:
     if found.differences:
         text += ["## Prevented, one method less another", ""]
         text += [*_table(DIFFERENCE_HEADER, difference_lines(found)), ""]
+    text += ["## Photos", "", *_table(SETS_HEADER, set_lines(found)), ""]
     text += ["## Costs", "", *_table(UTILITY_HEADER, utility_lines(found)), "", "## Verdict", ""]
     text += [f"- {line}" for line in verdicts(found)] or ["- Every bar is met."]
     text += ["", "## Notes", "", *(f"- {note}" for note in notes(found))]

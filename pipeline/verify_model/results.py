@@ -16,7 +16,7 @@ from pipeline.verify.contrasts import effect
 from pipeline.verify.scores import Cell
 from pipeline.verify.tables import State
 from pipeline.verify_model.figures import intervals
-from pipeline.verify_model.plan import ModelPlan
+from pipeline.verify_model.plan import VerificationPlan
 from pipeline.verify_model.store import Results
 from pipeline.verify_model.tasks import Case, Kind, Row
 from pipeline.verify_model.utility_results import UtilityResult, utility_of
@@ -106,7 +106,7 @@ class Difference:
 class Findings:
     """All numbers of a verification."""
 
-    plan: ModelPlan
+    plan: VerificationPlan
     # Row by row, in it method by method.
     rows: Sequence[RowResult]
     differences: Sequence[Difference]
@@ -116,7 +116,9 @@ class Findings:
     failed_trials: Sequence[str]
 
 
-def gather(plan: ModelPlan, results: Results, failed: Mapping[str, str], *, against: str | None = None) -> Findings:
+def gather(
+    plan: VerificationPlan, results: Results, failed: Mapping[str, str], *, against: str | None = None
+) -> Findings:
     """Reads everything that is stored back and computes all numbers.
 
     Args:
@@ -147,7 +149,7 @@ def gather(plan: ModelPlan, results: Results, failed: Mapping[str, str], *, agai
     )
 
 
-def _row(plan: ModelPlan, results: Results, failed: Mapping[str, str], row: Row, label: str) -> RowResult:
+def _row(plan: VerificationPlan, results: Results, failed: Mapping[str, str], row: Row, label: str) -> RowResult:
     cases = [case for case in plan.cases if case.row is row and case.protected.label == label]
     errors = [f"{case.subject.name}: {failed[task.key]}" for case in cases for task in case.tasks if task.key in failed]
     sound = [case for case in cases if not any(task.key in failed for task in case.tasks)]

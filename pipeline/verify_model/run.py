@@ -7,11 +7,11 @@ from functools import partial
 from pipeline.compare.run import Observer
 from pipeline.processes import workbench
 from pipeline.verify_model.bench import worker
-from pipeline.verify_model.plan import ModelPlan
+from pipeline.verify_model.plan import VerificationPlan
 from pipeline.verify_model.store import Results
 
 
-def run_verification(plan: ModelPlan, results: Results, observer: Observer, *, workers: int) -> dict[str, str]:
+def run_verification(plan: VerificationPlan, results: Results, observer: Observer, *, workers: int) -> dict[str, str]:
     """Does everything that is not stored yet.
 
     Returns:

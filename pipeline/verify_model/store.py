@@ -8,7 +8,7 @@ from contextlib import suppress
 import numpy as np
 
 from pipeline.compare.store import Results as TrialResults
-from pipeline.errors import AlreadyExists
+from pipeline.errors import AlreadyExists, NotFound
 from pipeline.verify.bootstrap import Floats
 
 
@@ -32,7 +32,10 @@ class Results(TrialResults):
 
     def seconds(self, key: str) -> float:
         """Processor time of anything that is stored. Raises NotFound."""
-        return float(self._array(key, "seconds")) if key in self._keys("values/", ".npz") else super().seconds(key)
+        try:
+            return super().seconds(key)
+        except NotFound:
+            return float(self._array(key, "seconds"))
 
     def _array(self, key: str, name: str) -> Floats:
         with np.load(io.BytesIO(self.store.get(f"values/{key}.npz")), allow_pickle=False) as file:

@@ -12,7 +12,7 @@ from pipeline.verify.bootstrap import Floats, Interval, ratio
 from pipeline.verify.metrics.distribution import FEWEST, SetDistance, kid
 from pipeline.verify_model.figures import intervals
 from pipeline.verify_model.models import Protected
-from pipeline.verify_model.plan import ModelPlan
+from pipeline.verify_model.plan import VerificationPlan
 from pipeline.verify_model.store import Results
 from pipeline.verify_model.tasks import Denoising, Drawing
 
@@ -66,7 +66,7 @@ class UtilityResult:
     errors: Sequence[str]
 
 
-def utility_of(plan: ModelPlan, results: Results, failed: Mapping[str, str], label: str) -> UtilityResult:
+def utility_of(plan: VerificationPlan, results: Results, failed: Mapping[str, str], label: str) -> UtilityResult:
     """Reads back what is stored of the models of one method.
 
     Raises:

@@ -25,7 +25,7 @@ from pipeline.verify.customizers.dreambooth import DreamBooth
 from pipeline.verify.tables import State
 from pipeline.verify_model import report
 from pipeline.verify_model.files import write_files
-from pipeline.verify_model.plan import ModelPlan, plan_verification
+from pipeline.verify_model.plan import VerificationPlan, plan_verification
 from pipeline.verify_model.results import NO_GAIN, CaseResult, Findings, RowResult, difference, gather, summarize
 from pipeline.verify_model.run import run_verification
 from pipeline.verify_model.store import Results
@@ -62,19 +62,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def plan(folder: Path) -> ModelPlan:
+def plan(folder: Path) -> VerificationPlan:
     return plan_verification(settings(folder, folder / "same", others=1, held_out=folder / "held-out.parquet"))
 
 
 @pytest.fixture(scope="module")
-def done(plan: ModelPlan, tmp_path_factory: pytest.TempPathFactory) -> tuple[Results, Told]:
+def done(plan: VerificationPlan, tmp_path_factory: pytest.TempPathFactory) -> tuple[Results, Told]:
     results, told = Results(tmp_path_factory.mktemp("results")), Told()
     assert run_verification(plan, results, told, workers=1) == {}
     return results, told
 
 
 @pytest.fixture(scope="module")
-def found(plan: ModelPlan, done: tuple[Results, Told]) -> Findings:
+def found(plan: VerificationPlan, done: tuple[Results, Told]) -> Findings:
     return gather(plan, done[0], {})
 
 
@@ -226,7 +226,7 @@ def test_names_follow_from_what_decides(folder: Path) -> None:
     assert (len(set(digests)), changes) == (3, 2)  # model by model
 
 
-def test_a_second_run_does_nothing(plan: ModelPlan, done: tuple[Results, Told]) -> None:
+def test_a_second_run_does_nothing(plan: VerificationPlan, done: tuple[Results, Told]) -> None:
     results, first = done
     # Three subjects, four trials each; losses of two models; drawings of the base twice.
     assert (first.steps, first.advanced) == ([("attack", 17, 0)], 17)
@@ -238,7 +238,7 @@ def test_a_second_run_does_nothing(plan: ModelPlan, done: tuple[Results, Told]) 
 
 
 @pytest.mark.slow
-def test_numbers_are_equal_on_two_workers(plan: ModelPlan, found: Findings, tmp_path: Path) -> None:
+def test_numbers_are_equal_on_two_workers(plan: VerificationPlan, found: Findings, tmp_path: Path) -> None:
     results = Results(tmp_path)
     assert run_verification(plan, results, Told(), workers=2) == {}
     assert report.lines(gather(plan, results, {})) == report.lines(found)
@@ -262,7 +262,7 @@ def test_a_model_that_is_the_base_protects_nothing_and_costs_nothing(found: Find
     assert utility.drawn.kid is None
 
 
-def test_files_hold_every_number(found: Findings, done: tuple[Results, Told], plan: ModelPlan) -> None:
+def test_files_hold_every_number(found: Findings, done: tuple[Results, Told], plan: VerificationPlan) -> None:
     results = done[0]
     names = write_files(found, results)
     assert names == ["verification.json", "verification.md", "verification.png", "sheet.png"]
@@ -274,6 +274,10 @@ def test_files_hold_every_number(found: Findings, done: tuple[Results, Told], pl
     assert len(case["values"]["protected"]) == 2
     assert case["images"]["overlap"]["attack_and_references"] == 0
     assert document["rows"][0]["attack"]["identifier"] == "sks"
+    assert report.set_lines(found)[:2] == [
+        ["seen", "rex", "2", "2", "1", "0", "0"],
+        ["others of its class", "ace", "2", "0", "1", "0", "0"],
+    ]
     text = (results.folder / "verification.md").read_text()
     for words in ("prevented", "others of its class", "over pictures of one training", "no KID: it needs 100 images"):
         assert words in text
@@ -291,7 +295,7 @@ def failing(error: Exception) -> Callable[..., None]:
 
 
 def test_a_failed_trial_is_told_and_run_again(
-    plan: ModelPlan, done: tuple[Results, Told], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    plan: VerificationPlan, done: tuple[Results, Told], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     results, other = done[0], Results(tmp_path)
     lost = {
@@ -331,7 +335,7 @@ def test_a_failed_trial_is_told_and_run_again(
 # --- Numbers
 
 
-def case_of(plan: ModelPlan, row: int, label: str, base: float, left: float, spread: float = 0.02) -> CaseResult:
+def case_of(plan: VerificationPlan, row: int, label: str, base: float, left: float, spread: float = 0.02) -> CaseResult:
     """Five pictures around these similarities; the floor is 0.4."""
     case = next(case for case in plan.cases if case.row is plan.rows[row] and case.protected.label == label)
     around = np.linspace(-spread, spread, 5)
@@ -339,7 +343,7 @@ def case_of(plan: ModelPlan, row: int, label: str, base: float, left: float, spr
     return CaseResult(case=case, values=np.stack(columns, axis=1), ceiling=0.9)
 
 
-def test_shares_are_those_of_the_means(plan: ModelPlan) -> None:
+def test_shares_are_those_of_the_means(plan: VerificationPlan) -> None:
     row = summarize(plan.rows[0], "apdm fast", [case_of(plan, 0, "apdm fast", 0.8, 0.5)])
     assert row.gain is not None
     assert row.share is not None
@@ -361,7 +365,7 @@ def test_shares_are_those_of_the_means(plan: ModelPlan) -> None:
     )  # fmt: skip
 
 
-def test_without_a_gain_nothing_is_claimed(plan: ModelPlan, found: Findings) -> None:
+def test_without_a_gain_nothing_is_claimed(plan: VerificationPlan, found: Findings) -> None:
     row = summarize(plan.rows[0], "apdm fast", [case_of(plan, 0, "apdm fast", 0.4, 0.1)])
     assert (row.state, row.reason, row.share, row.met) == (State.INVALID, NO_GAIN, None, None)
     told = replace(found, rows=[row])
@@ -422,7 +426,7 @@ def test_photos_must_be_of_one_class(folder: Path, tmp_path: Path) -> None:
         plan_verification(settings(folder, folder / "same", photos=file))
 
 
-def test_trials_hold_the_model_that_they_are_about(plan: ModelPlan) -> None:
+def test_trials_hold_the_model_that_they_are_about(plan: VerificationPlan) -> None:
     for case in plan.cases:
         assert [task.model for task in case.tasks] == [plan.base] * 2 + [case.protected.model] * 2
         trained = [task for task in case.tasks if isinstance(task, Customization) and not task.floor]
