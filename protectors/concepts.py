@@ -66,10 +66,18 @@ def image_digests(images: Tensor) -> list[str]:
     return [_digest((image * LEVELS).round().to(torch.uint8)) for image in to_8bit(images.detach())]
 
 
-def attacker_words(class_word: str, identifiers: Sequence[str], templates: Sequence[str]) -> tuple[Words, ...]:
-    """Every template with every identifier."""
+def attacker_words(
+    class_word: str, identifiers: Sequence[str], templates: Sequence[str], *, compat: bool = False
+) -> tuple[Words, ...]:
+    """Every template with every identifier; ``compat`` writes "a_photo_of_sks_dog", with the quotation marks."""
+
+    def prompt(template: str, subject: str) -> str:
+        # Not format(): templates may hold other braces.
+        text = template.replace("{}", subject)
+        return f'"{text.replace(" ", "_")}"' if compat else text
+
     return tuple(
-        Words(instance=template.replace("{}", f"{identifier} {class_word}"), general=template.replace("{}", class_word))
+        Words(instance=prompt(template, f"{identifier} {class_word}"), general=prompt(template, class_word))
         for template, identifier in product(templates, identifiers)
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from weakref import WeakKeyDictionary
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from protectors.base import Batch
 from protectors.config import ProtectorConfig, require
 from protectors.diffusion import DiffusionModel
-from protectors.objectives import draw, draw_for, latent_denoising_loss
+from protectors.objectives import draw, draw_for, joined, latent_denoising_loss
 from protectors.pgd import repaired
 from protectors.randomness import normal, streams
 from protectors.surrogate import SurrogateKind, Surrogates, subject_seeds
@@ -90,12 +90,22 @@ class DreamBooth:
         config: batch size, rate, clipping, prompts.
         class_latents: ``(prior_images, C, h, w)`` on the model's device for every class prompt of the batch; None
             trains without class images.
+        one_pass: images of subject and class go through the UNet together; the rounding is another.
+        shared_t: both are taken at one timestep.
     """
 
     def __init__(
-        self, surrogates: Surrogates, batch: Batch, config: SurrogateConfig, class_latents: ClassLatents | None = None
+        self,
+        surrogates: Surrogates,
+        batch: Batch,
+        config: SurrogateConfig,
+        class_latents: ClassLatents | None = None,
+        *,
+        one_pass: bool = False,
+        shared_t: bool = False,
     ) -> None:
         self.surrogates, self.batch, self.config = surrogates, batch, config
+        self._one_pass, self._shared_t = one_pass, shared_t
         self.class_prompts, self.prompts = class_prompts(batch, config), instance_prompts(batch, config)
         self._class_latents = class_latents
         subjects = range(len(batch.groups))
@@ -145,7 +155,7 @@ class DreamBooth:
             self.surrogates.fit(loss, steps=steps, rate=config.learning_rate, clip=config.clip_norm)
 
     def loss(self, moments: Moments, decks: Sequence[Deck]) -> Tensor:
-        """L per surrogate ``(S,)`` at the next draws, inside ``owned`` of a training step's rows.
+        """L per surrogate ``(S,)`` at the next draws, inside ``owned`` of the rows of one pass.
 
         Args:
             moments: of the VAE's posterior of the batch's images.
@@ -157,16 +167,26 @@ class DreamBooth:
         mean, logvar = moments
         latents = self.model.latents((mean[rows], logvar[rows]), draws.posterior)
         embeddings = self.surrogates.embed([self.prompts[row] for row in rows])
-        loss = self._per_subject(latent_denoising_loss(self.model, latents, embeddings, draws))
         if self._class_latents is None:
-            return loss
+            return self._per_subject(latent_denoising_loss(self.model, latents, embeddings, draws))
         classes = [self.class_prompts[row] for row in rows]
         cards = zip(classes, self._owner_of_row, strict=True)
-        latents = torch.stack([self._class_latents[word][self._class_decks[owner].deal()] for word, owner in cards])
-        embeddings = self.surrogates.embed(classes)
-        draws = draw_for(self.model, latents.shape[1:], generators)
-        prior = self._per_subject(latent_denoising_loss(self.model, latents, embeddings, draws))
-        return loss + self.config.prior_weight * prior
+        general = torch.stack([self._class_latents[word][self._class_decks[owner].deal()] for word, owner in cards])
+        others = draw_for(self.model, general.shape[1:], generators)
+        # After all draws: those that follow are the same ones whatever it weighs.
+        if self.config.prior_weight == 0:
+            return self._per_subject(latent_denoising_loss(self.model, latents, embeddings, draws))
+        if self._shared_t:
+            others = replace(others, t=draws.t)
+        words = self.surrogates.embed(classes)
+        if self._one_pass:
+            latents, embeddings = torch.cat([latents, general]), torch.cat([embeddings, words])
+            both = latent_denoising_loss(self.model, latents, embeddings, joined([draws, others]))
+            loss, prior = both.chunk(2)
+        else:
+            loss = latent_denoising_loss(self.model, latents, embeddings, draws)
+            prior = latent_denoising_loss(self.model, general, words, others)
+        return self._per_subject(loss) + self.config.prior_weight * self._per_subject(prior)
 
     @contextmanager
     def attacked(self, places: Sequence[int] | None = None) -> Iterator[Tensor]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
 import torch
@@ -16,10 +16,10 @@ from torch import Tensor
 
 from protectors.base import Batch
 from protectors.concepts import CachedConcept, Words
-from protectors.config import require
+from protectors.config import LATE, require
 from protectors.dreambooth import Deck, DreamBooth, SurrogateConfig
 from protectors.model_base import ModelProtector, ModelProtectorConfig, Study
-from protectors.objectives import Draws, draw_for
+from protectors.objectives import Draws, draw_for, joined
 from protectors.randomness import integers, streams
 from protectors.surrogate import FullSurrogate, LoraSurrogates, Surrogates
 
@@ -50,6 +50,15 @@ class LearningToProtectConfig(ModelProtectorConfig):
     # The released code never clears the attacker's own gradient, so it is part of what the protected weights descend
     # on. For comparison only: it trains the subject in.
     compat_grad_leak: bool = False
+    # Whether the gradients along one attack are summed or averaged. AdamW hardly sees the difference.
+    accumulation: Literal["sum", "mean"] = field(default="sum", metadata=LATE)
+    # Each attack begins with a new AdamW (and new low-rank deltas), or goes on with those of the last attack of the
+    # same attacker on the same concept. Weights of the model begin at the protected ones in any case.
+    inner_state_reset: Literal["fresh", "carried"] = field(default="fresh", metadata=LATE)
+    # Timesteps of the attacker's images of subject and class: one each, or one for both as in APDM's released code.
+    t_sharing: Literal["independent", "code"] = field(default="independent", metadata=LATE)
+    # These images go through the UNet together: better use of a GPU, another rounding.
+    one_pass: bool = field(default=False, metadata=LATE)
 
     def check(self) -> None:
         ModelProtectorConfig.check(self)
@@ -62,6 +71,8 @@ class LearningToProtectConfig(ModelProtectorConfig):
             require(getattr(self, name) >= 0, name, getattr(self, name), "use 0 or more")
         attacked = self.inner_steps > 0
         require(attacked or self.gradient_point == "after", "gradient_point", "before", "needs inner_steps above 0")
+        fresh = self.inner_state_reset == "fresh"
+        require(attacked or fresh, "inner_state_reset", "carried", "needs inner_steps above 0")
         whole = attacked and self.attackers == ("full",)
         require(whole or not self.compat_grad_leak, "compat_grad_leak", True, "needs the full attacker alone")
 
@@ -106,7 +117,11 @@ class LearningToProtect(ModelProtector[ConfigT]):
 
     @abstractmethod
     def _loss(self, study: Study, sample: Sample) -> ProtectionLoss:
-        """At the weights that ``self.model`` holds, with a graph."""
+        """At the weights that ``self.model`` holds, with a graph; the sample has the rows that ``_thirds`` names."""
+
+    def _thirds(self) -> tuple[int, int]:
+        """Which rows of a sample the loss takes, as arguments of ``Sample.rows``."""
+        return 0, 3
 
     def _accumulate(self, study: Study, step: int, gradient: tuple[Tensor, ...]) -> dict[str, float]:
         config, seed = self.config, study.draw_seed(step)
@@ -114,21 +129,26 @@ class LearningToProtect(ModelProtector[ConfigT]):
         concept, number = study.concepts[place], turn % len(config.attackers)
         words = _drawn_words(concept, seed)
         deal = self._dealer(concept, words, seed)
-        weights = study.copy.parameters
+        named = zip(study.named.items(), gradient, strict=True)
+        weights, sums = zip(*((weight, part) for (name, weight), part in named if self._trains(name)), strict=True)
         log: dict[str, list[Tensor]] = {}
 
         def note(name: str, value: Tensor) -> None:
             log.setdefault(name, []).append(value.detach().mean())
 
-        with self._attacker(study, config.attackers[number], seed) as attacker:
+        with (
+            self._attacker(study, config.attackers[number], seed) as attacker,
+            self._carried(study, f"{place}/{number}/", attacker) as moments,
+        ):
 
             def visit() -> None:
                 """Adds one gradient of the protection loss at the weights as they are."""
-                with _differentiable(weights), attacker.owned([0] * (3 * config.batch)):
+                sample = deal().rows(*self._thirds())
+                with _differentiable(weights), attacker.owned([0] * len(sample.latents)):
                     with self._autocast():
-                        loss = self._loss(study, deal())
+                        loss = self._loss(study, sample)
                     # Not backward(): it would mix with the attacker's gradients.
-                    _add(gradient, torch.autograd.grad(loss.total, weights))
+                    _add(sums, torch.autograd.grad(loss.total, weights))
                 for name, value in loss.parts.items():
                     note(name, value)
 
@@ -142,13 +162,17 @@ class LearningToProtect(ModelProtector[ConfigT]):
                     loss = school.loss(concept.moments, school.original_decks)
                 note("personalization", loss)
                 if config.compat_grad_leak:
-                    _add(gradient, torch.autograd.grad(loss.sum(), weights, retain_graph=True))
+                    _add(sums, torch.autograd.grad(loss.sum(), weights, retain_graph=True))
                 return loss
 
-            with attacker.owned([0] * config.batch):
-                attacker.fit(lesson, steps=config.inner_steps, rate=config.attacker_rates[number])
+            with attacker.owned([0] * (config.batch * (2 if config.one_pass else 1))):
+                rate = config.attacker_rates[number]
+                attacker.fit(lesson, steps=config.inner_steps, rate=rate, moments=moments)
             if config.gradient_point == "after":
                 visit()
+        if config.accumulation == "mean":
+            for part in sums:
+                part.div_(max(1, config.inner_steps))
         return {name: float(torch.stack(values).mean()) for name, values in log.items()}
 
     def _attacker(self, study: Study, kind: Attacker, seed: int) -> AbstractContextManager[Surrogates]:
@@ -156,6 +180,21 @@ class LearningToProtect(ModelProtector[ConfigT]):
             return LoraSurrogates(self.model, [seed])
         # Not entered: the frame puts the weights back, once.
         return nullcontext(study.copy if kind == "full" else _KeysAndValues(self.model))
+
+    @contextmanager
+    def _carried(self, study: Study, owner: str, attacker: Surrogates) -> Iterator[dict[str, Tensor] | None]:
+        """Within it the attacker has what was his own after his last attack, and AdamW's moments of then."""
+        if self.config.inner_state_reset == "fresh":
+            yield None
+            return
+        kept = {name.removeprefix(owner): value for name, value in study.memory.items() if name.startswith(owner)}
+        deltas = attacker.parameters if isinstance(attacker, LoraSurrogates) else []
+        if kept:
+            for number, delta in enumerate(deltas):
+                delta.copy_(kept[f"delta/{number}"])
+        yield kept
+        kept |= {f"delta/{number}": delta for number, delta in enumerate(deltas)}
+        study.memory.update({owner + name: value for name, value in kept.items()})
 
     def _school(self, attacker: Surrogates, concept: CachedConcept, words: Words, seed: int) -> DreamBooth:
         size = len(concept.images)
@@ -171,7 +210,14 @@ class LearningToProtect(ModelProtector[ConfigT]):
             prior_images=len(concept.class_latents),
             prior_weight=self.config.prior_weight,
         )
-        school = DreamBooth(attacker, batch, config, {words.general: concept.class_latents})
+        school = DreamBooth(
+            attacker,
+            batch,
+            config,
+            {words.general: concept.class_latents},
+            one_pass=self.config.one_pass,
+            shared_t=self.config.t_sharing == "code",
+        )
         # DreamBooth would put its word before the last word of the prompt; templates say where it goes.
         school.prompts = (words.instance,) * size
         return school
@@ -195,11 +241,7 @@ class LearningToProtect(ModelProtector[ConfigT]):
             return Sample(
                 latents=torch.cat([concept.positives[places], negatives, concept.class_latents[classes]]),
                 embeddings=embeddings,
-                draws=Draws(
-                    t=torch.cat([pair.t, pair.t, other.t]),
-                    noise=torch.cat([pair.noise, pair.noise, other.noise]),
-                    posterior=torch.cat([pair.posterior, pair.posterior, other.posterior]),
-                ),
+                draws=joined([pair, pair, other]),
             )
 
         return deal

@@ -9,16 +9,16 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar, final
+from typing import Any, ClassVar, Generic, Literal, TypeVar, final
 
 import torch
 from torch import Tensor
 
 from protectors.concepts import CachedConcept, Concept, attacker_words, cache_concept
-from protectors.config import MethodConfig, require
-from protectors.diffusion import DiffusionModel
+from protectors.config import LATE, MethodConfig, require
+from protectors.diffusion import DiffusionModel, LatentParts
 from protectors.model_files import ModelError
 from protectors.pgd import Progress
 from protectors.protected_weights import ProtectedWeights
@@ -46,6 +46,12 @@ class ModelProtectorConfig(MethodConfig):
     bf16: bool = False
     # Computes activations twice instead of keeping them: less memory, about a third more time.
     gradient_checkpointing: bool = False
+    # Largest L2 norm of the gradient of one update; None leaves it.
+    outer_clip: float | None = field(default=None, metadata=LATE)
+    # Images are trained on as samples of the VAE's posterior, or as its mean.
+    vae_sample: Literal["sample", "mode"] = field(default="sample", metadata=LATE)
+    # The released code of APDM writes "a_photo_of_sks_dog" with the quotation marks. For comparison only.
+    compat_prompts: bool = field(default=False, metadata=LATE)
 
     def check(self) -> None:
         MethodConfig.check(self)
@@ -56,6 +62,8 @@ class ModelProtectorConfig(MethodConfig):
         places = bool(self.templates) and all(text.count("{}") == 1 for text in self.templates)
         require(places, "templates", self.templates, "name at least one text with one {} in it")
         require(self.class_images >= 1, "class_images", self.class_images, "use 1 or more")
+        clip = self.outer_clip is None or self.outer_clip > 0
+        require(clip, "outer_clip", self.outer_clip, "use more than 0, or None (off)")
 
 
 ConfigT = TypeVar("ConfigT", bound=ModelProtectorConfig)
@@ -88,9 +96,22 @@ class ProtectedModel:
     positives: tuple[Tensor, ...]
     """Per concept, scaled latents ``(N, C, h, w)`` float32 on the CPU, in the order of ``facts.pairs``."""
 
-    def apply(self, unet: Any) -> None:
-        """Writes the weights into a UNet of the same kind, in place; raises RuntimeError where they do not fit."""
+    def on(self, model: DiffusionModel) -> DiffusionModel:
+        """The model with these weights, in a UNet of its own; the other networks are shared, the given one stays.
+
+        Its digest names both (it is not that of a folder with the same weights), so that nothing that is kept for the
+        given model, such as images of a class, is taken for it.
+
+        Raises:
+            RuntimeError: the weights do not fit.
+        """
+        unet = copy.deepcopy(model.unet)
         unet.load_state_dict(self.weights, strict=True)
+        parts = LatentParts(vae=model.vae, unet=unet, text_encoder=model.text_encoder, tokenizer=model.tokenizer)
+        digest = hashlib.sha256(model.digest.encode())
+        for name, weight in sorted(self.weights.items()):
+            digest.update(name.encode() + weight.numpy().tobytes())
+        return DiffusionModel(parts, model.schedule, digest=digest.hexdigest())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -103,6 +124,8 @@ class Study:
     """The model as it was given, phi; its networks are never written to."""
     copy: FullSurrogate
     """The UNet that the simulated attackers train, th: the given model's own, put back at the end."""
+    memory: dict[str, Tensor] = field(default_factory=dict)
+    """What the method keeps from update to update, by names of its own; checkpoints hold it."""
 
     @property
     def named(self) -> dict[str, Tensor]:
@@ -110,7 +133,7 @@ class Study:
         return dict(self.copy.model.unet.named_parameters())
 
     def draw_seed(self, step: int) -> int:
-        """The number that all random draws of one update follow from; so nothing but the weights needs be resumed."""
+        """The number that all random draws of one update follow from; so no generator needs be resumed."""
         return int.from_bytes(hashlib.sha256(f"{self.seed}/{step}".encode()).digest()[:8], "big")
 
 
@@ -181,7 +204,7 @@ class ModelProtector(ABC, Generic[ConfigT]):
         if checkpoint_every < 1:
             raise ValueError(f"checkpoint_every={checkpoint_every}: use 1 or more")
         with self._study(concepts, seed) as study:
-            protected, binding = ProtectedWeights(study.named, rate=self.config.rate), self._binding(study)
+            protected, binding = self._begin(study), self._binding(study)
             if checkpoint is not None:
                 protected.resume(checkpoint, binding)
             total = self.config.steps * len(concepts)
@@ -205,6 +228,15 @@ class ModelProtector(ABC, Generic[ConfigT]):
             Values to log, the same names in every update.
         """
 
+    def _trains(self, name: str) -> bool:
+        """Whether the weight of this name is one that the method changes."""
+        return True
+
+    def _begin(self, study: Study) -> ProtectedWeights:
+        named, config = study.named, self.config
+        trained = [name for name in named if self._trains(name)]
+        return ProtectedWeights(named, rate=config.rate, trained=trained, clip=config.outer_clip, memory=study.memory)
+
     @contextmanager
     def _study(self, concepts: Sequence[Concept], seed: int) -> Iterator[Study]:
         cached = tuple(self._cached(concept) for concept in concepts)
@@ -214,8 +246,14 @@ class ModelProtector(ABC, Generic[ConfigT]):
             yield Study(concepts=cached, seed=seed, reference=reference, copy=attacked)
 
     def _cached(self, concept: Concept) -> CachedConcept:
-        words = attacker_words(concept.class_word, self.config.identifiers, self.config.templates)
-        return cache_concept(self.model, concept, words, class_images=self.config.class_images)
+        config = self.config
+        words = attacker_words(concept.class_word, config.identifiers, config.templates, compat=config.compat_prompts)
+        cached = cache_concept(self.model, concept, words, class_images=config.class_images)
+        if config.vae_sample == "sample":
+            return cached
+        mean, logvar = cached.moments
+        # A posterior without any spread.
+        return replace(cached, moments=(mean, torch.full_like(logvar, -torch.inf)))
 
     def _binding(self, study: Study) -> dict[str, str]:
         """What the weights follow from; a checkpoint with another one is refused."""

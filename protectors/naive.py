@@ -56,8 +56,10 @@ class Naive(LearningToProtect[NaiveConfig]):
         "strong": NaiveConfig(inner_steps=20),
     }
 
+    def _thirds(self) -> tuple[int, int]:
+        return 1, 3
+
     def _loss(self, study: Study, sample: Sample) -> ProtectionLoss:
-        rows = sample.rows(1, 3)
-        subject, prior = squared_error(self.model, rows.latents, rows.embeddings, rows.draws).chunk(2)
+        subject, prior = squared_error(self.model, sample.latents, sample.embeddings, sample.draws).chunk(2)
         total = -subject.mean() + self.config.preservation_weight * prior.mean()
         return ProtectionLoss(total=total, parts={"subject": subject, "prior": prior})

@@ -55,6 +55,15 @@ def draw_for(
     )
 
 
+def joined(parts: Sequence[Draws]) -> Draws:
+    """The draws of all rows, one part after the other."""
+    return Draws(
+        t=torch.cat([part.t for part in parts]),
+        noise=torch.cat([part.noise for part in parts]),
+        posterior=torch.cat([part.posterior for part in parts]),
+    )
+
+
 def embed_prompts(model: LatentModel, batch: Batch, default: str) -> Tensor:
     """Embeddings ``(B, L, D)`` of the images' own prompts, or of the method's default for all of them."""
     return model.embed_prompts(batch.prompts or (default,) * len(batch.seeds))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -23,21 +23,36 @@ class ProtectedWeights:
     Args:
         start: the weights by name; copied.
         rate: learning rate.
+        trained: names of those that change; None is all. The others do not even decay.
+        clip: largest L2 norm of the gradient of all of them; None leaves it.
+        memory: what else goes on from update to update; checkpoints hold it, and ``resume`` fills it.
     """
 
-    def __init__(self, start: Mapping[str, Tensor], *, rate: float) -> None:
+    def __init__(
+        self,
+        start: Mapping[str, Tensor],
+        *,
+        rate: float,
+        trained: Collection[str] | None = None,
+        clip: float | None = None,
+        memory: dict[str, Tensor] | None = None,
+    ) -> None:
         self.names = tuple(start)
         self.weights = tuple(nn.Parameter(weight.detach().clone()) for weight in start.values())
         self.curves: dict[str, list[float]] = {}
         self.done = 0
-        self._rate = rate
-        self._optimizer = torch.optim.AdamW(self.weights, lr=rate, betas=(0.9, 0.999), weight_decay=1e-2)
+        self._rate, self._clip = rate, clip
+        self._memory = {} if memory is None else memory
+        named = zip(self.names, self.weights, strict=True)
+        self._trained = {name: weight for name, weight in named if trained is None or name in trained}
+        chosen = list(self._trained.values())
+        self._optimizer = torch.optim.AdamW(chosen, lr=rate, betas=(0.9, 0.999), weight_decay=1e-2)
 
     def update(self, gradient: Sequence[Tensor], values: Mapping[str, float]) -> None:
         """One AdamW step.
 
         Args:
-            gradient: one tensor per weight, applied as if it were the weight's own gradient.
+            gradient: one tensor per weight, applied as if it were the weight's own gradient; clipped in place.
             values: what to log; the same names every time.
 
         Raises:
@@ -47,6 +62,8 @@ class ProtectedWeights:
         self._guard(", ".join(values), [torch.tensor(list(values.values()))])
         for weight, part in zip(self.weights, gradient, strict=True):
             weight.grad = part
+        if self._clip is not None:
+            torch.nn.utils.clip_grad_norm_(self._trained.values(), self._clip)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self._guard("weights", self.weights)
@@ -62,9 +79,10 @@ class ProtectedWeights:
             binding: what the run depends on; see ``resume``.
         """
         tensors = {f"weights/{name}": weight.detach() for name, weight in zip(self.names, self.weights, strict=True)}
-        for name, weight in zip(self.names, self.weights, strict=True):
+        for name, weight in self._trained.items():
             tensors |= {f"{moment}/{name}": self._optimizer.state[weight][moment] for moment in _MOMENTS}
         tensors |= {f"curves/{name}": torch.tensor(curve, dtype=torch.float64) for name, curve in self.curves.items()}
+        tensors |= {f"memory/{name}": tensor for name, tensor in self._memory.items()}
         save_checkpoint(folder, Cursor(seed=0, step=self.done), tensors, binding)
 
     def resume(self, folder: Path, binding: Binding) -> None:
@@ -77,14 +95,17 @@ class ProtectedWeights:
         with torch.no_grad():
             for name, weight in zip(self.names, self.weights, strict=True):
                 weight.copy_(tensors[f"weights/{name}"])
+            for name, weight in self._trained.items():
                 moments = {moment: tensors[f"{moment}/{name}"].to(weight.device) for moment in _MOMENTS}
                 self._optimizer.state[weight] = {"step": torch.tensor(float(self.done)), **moments}
-        curves = {
-            name.removeprefix("curves/"): tensor for name, tensor in tensors.items() if name.startswith("curves/")
-        }
-        self.curves = {name: tensor.tolist() for name, tensor in curves.items()}
+        self.curves = {name: tensor.tolist() for name, tensor in _part(tensors, "curves/").items()}
+        self._memory.update(_part(tensors, "memory/"))
 
     def _guard(self, what: str, tensors: Sequence[Tensor]) -> None:
         # Norms, not values: one number per tensor goes to the CPU.
         if not torch.stack([tensor.detach().norm() for tensor in tensors]).isfinite().all():
             raise NotFiniteError(f"update {self.done + 1}: {what} not finite at rate {self._rate:g}; lower the rate")
+
+
+def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

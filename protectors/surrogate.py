@@ -25,6 +25,8 @@ State = tuple[Tensor, ...]
 """Weights of all surrogates at one moment, on the CPU: methods keep several, and a device has room for few."""
 
 _RANK = 4
+# What AdamW keeps of each parameter.
+_STATE = ("step", "exp_avg", "exp_avg_sq")
 # Attention projections, as diffusers names them in UNets and transformers in CLIP's text encoder.
 _PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj")
 
@@ -80,17 +82,33 @@ class Surrogates(ABC):
             for parameter, kept in zip(self.parameters, state, strict=True):
                 parameter.copy_(kept)
 
-    def fit(self, loss: Callable[[int], Tensor], *, steps: int, rate: float, clip: float | None = None) -> None:
-        """AdamW steps (betas 0.9 and 0.999, weight decay 0.01, new moments) on one loss per surrogate.
+    def fit(
+        self,
+        loss: Callable[[int], Tensor],
+        *,
+        steps: int,
+        rate: float,
+        clip: float | None = None,
+        moments: dict[str, Tensor] | None = None,
+    ) -> None:
+        """AdamW steps (betas 0.9 and 0.999, weight decay 0.01) on one loss per surrogate.
 
         Args:
             loss: step number -> ``(S,)``, inside ``owned``.
             steps: how many.
             rate: learning rate.
             clip: largest L2 norm of a surrogate's gradient; None leaves it.
+            moments: AdamW goes on with these and leaves its own there; empty or None begins with new ones.
         """
         parameters = self.parameters
         optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.999), weight_decay=1e-2)
+        if moments:
+            for number, parameter in enumerate(parameters):
+                kept = {name: moments[f"{name}/{number}"] for name in _STATE}
+                # AdamW has its count of steps on the CPU.
+                optimizer.state[parameter] = {
+                    name: value if name == "step" else value.to(parameter.device) for name, value in kept.items()
+                }
         for parameter in parameters:
             parameter.requires_grad_(True)
         try:
@@ -100,6 +118,9 @@ class Surrogates(ABC):
                 if clip is not None:
                     self._clip(clip)
                 optimizer.step()
+            if moments is not None:
+                for number, parameter in enumerate(parameters):
+                    moments |= {f"{name}/{number}": value for name, value in optimizer.state[parameter].items()}
         finally:
             for parameter in parameters:
                 parameter.requires_grad_(False).grad = None
