@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 _MODEL_PROTECTORS = {
     "apdm": "protectors.apdm:APDM",
+    "imma": "protectors.imma:IMMA",
     "naive": "protectors.naive:Naive",
 }
 

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from protectors.concepts import Concept
 from protectors.diffusion import DiffusionModel, load_model
-from protectors.model_base import ModelProtector
+from protectors.dpo import squared_error
+from protectors.dreambooth import class_latents
+from protectors.learning_to_protect import ProtectionLoss, Sample
+from protectors.model_base import ModelProtector, Study
 from protectors.model_files import ModelError
 from protectors.model_registry import model_protector_class, model_protector_names
+from protectors.naive import Naive
 from protectors.registry import UnknownProtector
 from tests.contract.docstrings import assert_complete
 from tests.protectors.model_runs import concept, copied, small_model
@@ -24,6 +28,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 # Overrides of the "fast" preset that keep a test under a second on the tiny model.
 SMALL: dict[str, dict[str, Any]] = {
     "apdm": {"steps": 2, "inner_steps": 2, "batch": 1, "class_images": 2},
+    "imma": {"steps": 2, "batch": 1},
     "naive": {"steps": 2, "batch": 1, "class_images": 2},
 }
 NAMES = model_protector_names()
@@ -85,13 +90,19 @@ def test_the_given_model_stays_as_it_is(name: str, fails: bool, model: Diffusion
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_weights_can_be_written_into_another_unet(name: str, model: DiffusionModel, tmp_path: Path) -> None:
+def test_the_protected_model_is_another_one(name: str, model: DiffusionModel, tmp_path: Path) -> None:
     result = build(name, model).protect([concept()], seed=1)
-    other = small_model(tmp_path, seed=1).unet
-    result.apply(other)
-    assert all(torch.equal(weight, result.weights[key]) for key, weight in other.state_dict().items())
+    before = copied(model.unet.parameters())
+    protected = result.on(model)
+    assert all(torch.equal(weight, result.weights[key]) for key, weight in protected.unet.state_dict().items())
+    assert all(torch.equal(a, b) for a, b in zip(model.unet.parameters(), before, strict=True))
+    # What is kept for a model, by its name or by the object, is not taken for the other one.
+    assert protected.digest not in (model.digest, build(name, model).protect([concept()], seed=2).on(model).digest)
+    assert protected.digest == result.on(model).digest
+    drawn = [class_latents(each, "a photo of dog", 1) for each in (model, protected)]
+    assert not torch.equal(*drawn)
     with pytest.raises(RuntimeError):
-        result.apply(torch.nn.Linear(2, 2))
+        replace(result, weights={}).on(model)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -157,20 +168,20 @@ def test_unknown_names_are_told() -> None:
 
 
 def test_naive_ascends_on_the_subject_and_descends_on_its_class(model: DiffusionModel) -> None:
-    """A negative control must do what it is a control of: on fixed draws, one small step raises L_simple."""
+    """A negative control must do what it is a control of: one small step, seen on the very draws it was taken on."""
+    samples: list[Sample] = []
 
-    def losses(weights: Any) -> Tensor:
-        given = copied(model.unet.parameters())
-        weights.apply(model.unet)
-        try:
-            curves = build("naive", model, steps=1, batch=16).protect([concept()], seed=1).facts.curves
-        finally:
-            with torch.no_grad():
-                for parameter, weight in zip(model.unet.parameters(), given, strict=True):
-                    parameter.copy_(weight)
-        return torch.tensor([curves["subject"][0], curves["prior"][0]])
+    class Seen(Naive):
+        def _loss(self, study: Study, sample: Sample) -> ProtectionLoss:
+            samples.append(sample)
+            return super()._loss(study, sample)
 
-    tiny = {"steps": 1, "batch": 16, "rate": 1e-12}
-    before = losses(build("naive", model, **tiny).protect([concept()], seed=1))
-    after = losses(build("naive", model, **{**tiny, "rate": 1e-4}).protect([concept()], seed=1))
-    assert after[0] - after[1] > before[0] - before[1]
+    config = Naive.presets["fast"].replace(steps=1, batch=16, rate=1e-4, class_images=2)
+    result = Seen(config, model).protect([concept()], seed=1)
+    (sample,) = samples
+    losses = []
+    for of in (model, result.on(model)):
+        with torch.no_grad():
+            subject, prior = squared_error(of, sample.latents, sample.embeddings, sample.draws).chunk(2)
+        losses.append(subject.mean() - prior.mean())
+    assert losses[1] > losses[0]
