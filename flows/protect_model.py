@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from prefect import flow, task
@@ -13,6 +12,7 @@ from flows.progress import observer
 from pipeline.protect_model.job import ModelJob
 from pipeline.protect_model.plan import PROVENANCE, ModelPlan, plan_model
 from pipeline.protect_model.run import protect_model as run_plan
+from pipeline.storage import get_json
 
 
 @task(name="train", cache_policy=NO_CACHE)
@@ -29,7 +29,7 @@ def train(plan: ModelPlan) -> None:
 
     if not plan.finished:
         observer().note("encoding the photos and drawing images of the class; checkpoints are taken up after that")
-    run_plan(plan, show)
+    run_plan(plan, show, observer().note)
 
 
 @flow(name="protect-model")
@@ -37,7 +37,7 @@ def protect_model(job: ModelJob) -> dict[str, Any]:
     """Protects a model against personalization. Run it again at any time: it goes on at the last checkpoint.
 
     Args:
-        job: its paths are of the machine that the flow runs on.
+        job: its paths, and the credentials for its URLs, are those of the machine that the flow runs on.
 
     Returns:
         The provenance of the protected model.
@@ -48,9 +48,9 @@ def protect_model(job: ModelJob) -> dict[str, Any]:
     """
     plan = plan_model(job)
     train(plan)
-    document: dict[str, Any] = json.loads((job.out / PROVENANCE).read_text(encoding="utf-8"))
+    document = get_json(job.out_store(), PROVENANCE)
     table = [{"what": name, "value": value} for name, value in summary(document)]
-    create_table_artifact(key="protect-model-summary", table=table, description=str(job.out))
+    create_table_artifact(key="protect-model-summary", table=table, description=job.out_name)
     return document
 
 

@@ -6,14 +6,15 @@ import json
 import os
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
 from flows import show
+from flows.options import S3Endpoint, S3Profile, S3Region
 from flows.settings import overrides_of
+from pipeline.config import S3Settings
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:
@@ -37,6 +38,9 @@ _HELP = (
     "the photos, configuration, seed, versions, curves), curves.png, and positives/: pictures that the model drew "
     "itself to stand beside the photos, with their manifest. No photo, and nothing cut from one. It is written whole "
     "or not at all. Checkpoints lie beside it until then: run the same command again to go on after a stop.\n\n"
+    "Everything may lie in S3, or behind any other fsspec URL (then with --single-writer). A model in a bucket is "
+    "whole once provenance.json is there; with checkpoints in one, any machine of the same kind goes on where another "
+    "was lost.\n\n"
     "The paper's preset is for real models and takes about 9 hours on an RTX A6000; fast is for the embedded ones, and "
     "its rates would ruin a real one. Try --dry-run first.\n\n"
     "Example: fixative protect-model ./stable-diffusion-v1-5 --concept photos-of-rex/ --class-word dog --out protected "
@@ -47,16 +51,16 @@ _HELP = (
 
 @app.command("protect-model", help=_HELP)
 def protect_model(
-    model: Annotated[str, typer.Argument(help="Diffusers folder, hub id, or nano-sd: latent text to image.")],
+    model: Annotated[str, typer.Argument(help="Diffusers folder or URL, hub id, or nano-sd: latent text to image.")],
     concept: Annotated[
         list[str],
         _what(
             "--concept",
-            help="Folder of one subject's photos, or FILE.parquet#SUBJECT with columns asset_id, image, subject, "
-            "subject_class; repeatable.",
+            help="Folder or URL of one subject's photos, or FILE.parquet#SUBJECT with columns asset_id, image, "
+            "subject, subject_class; repeatable.",
         ),
     ],
-    out: Annotated[Path, _what("--out", help="Folder of the protected model; absent or empty.")],
+    out: Annotated[str, _what("--out", help="Folder or s3:// prefix of the protected model; absent or empty.")],
     class_word: Annotated[
         list[str] | None,
         _what(
@@ -85,11 +89,17 @@ def protect_model(
     seed: Annotated[int, _how("--seed", help="Of all random draws.", min=0)] = 0,
     device: Annotated[str, _how("--device", help="cpu or cuda.")] = "cpu",
     work: Annotated[
-        Path | None, _how("--work", help="Folder of checkpoints, removed at the end. (Default: OUT.training.)")
+        str | None, _how("--work", help="Folder or prefix of checkpoints, emptied at the end. (Default: OUT.training.)")
     ] = None,
     checkpoint_every: Annotated[
         int, _how("--checkpoint-every", help="Updates between checkpoints of three times the UNet.", min=1)
     ] = 10,
+    single_writer: Annotated[
+        bool, _how("--single-writer", help="OUT and WORK cannot refuse a second writer; promise that there is none.")
+    ] = False,
+    s3_endpoint: S3Endpoint = None,
+    s3_region: S3Region = None,
+    s3_profile: S3Profile = None,
     dry_run: Annotated[
         bool, _how("--dry-run", help="Say what would be done, time two short updates, write nothing.")
     ] = False,
@@ -99,6 +109,7 @@ def protect_model(
 
     from pipeline.protect_model.job import ConceptSource, ModelJob
     from pipeline.protect_model.plan import plan_model
+    from pipeline.protect_model.run import protect_model as finish
 
     words = _words(concept, class_word or [])
     sources = [ConceptSource(path=path, class_word=word) for path, word in zip(concept, words, strict=True)]
@@ -116,13 +127,17 @@ def protect_model(
             seed=seed,
             device=device,
             checkpoint_every=checkpoint_every,
+            single_writer=single_writer,
+            s3=S3Settings(endpoint_url=s3_endpoint, region=s3_region, profile=s3_profile),
         )
     except ValidationError as error:
         raise UserError("; ".join(f"{item['loc'][0]}: {item['msg']}" for item in error.errors())) from error
     plan = plan_model(job)  # before a server starts: a typing error should not take ten seconds
     _show_plan(plan)
     if plan.finished:
-        console.print(f"{out} is finished already", highlight=False, markup=False)
+        if not dry_run:
+            finish(plan)  # removes what a run left that was killed at its very end
+        console.print(f"{job.out_name} is finished already", highlight=False, markup=False)
     elif dry_run:
         _show_estimate(plan)
     else:
@@ -155,7 +170,7 @@ def _show_estimate(plan: ModelPlan) -> None:
         console.print(f"  {name}: {json.dumps(value)}", highlight=False, markup=False)
     size = unet_bytes(plan)
     console.print(
-        f"UNet: {size / 1e6:.0f} MB in float32; checkpoints in {plan.job.work_folder}: {3 * size / 1e6:.0f} MB, twice "
+        f"UNet: {size / 1e6:.0f} MB in float32; checkpoints in {plan.job.work_name}: {3 * size / 1e6:.0f} MB, twice "
         "while one is written",
         highlight=False,
         markup=False,
@@ -182,4 +197,4 @@ def _run(job: ModelJob) -> None:
     for row in flow.summary(document):
         table.add_row(*row)
     console.print(table)
-    console.print(f"wrote {job.out}", highlight=False, markup=False)
+    console.print(f"wrote {job.out_name}", highlight=False, markup=False)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -16,20 +15,19 @@ from pipeline.errors import UserError
 from pipeline.ids import differing_fields
 from pipeline.job import code_version, model_folder
 from pipeline.protect_model.concepts import read_concept, split_source
-from pipeline.protect_model.job import ModelJob
+from pipeline.protect_model.fetch import Fetched, fetch_model, is_far
+from pipeline.protect_model.job import ConceptSource, ModelJob
 from pipeline.protect_model.positives import Positives, read_positives
-from pipeline.storage import StorageOptions, open_store, same_or_nested
+from pipeline.protect_model.work import bound_to, check_bound, is_announced
+from pipeline.storage import get_json, local_path, public_url, same_or_nested
 from protectors.concepts import Concept, image_digests
 from protectors.model_base import ModelProtector, ModelProtectorConfig
-from protectors.model_files import check_folder, model_base_size, model_digest
+from protectors.model_files import ModelError, check_folder, model_base_size, model_digest
 from protectors.model_registry import model_protector_class
 from protectors.reference import PINNED
 from protectors.registry import UnknownProtector
 
 PROVENANCE = "provenance.json"
-RUN = "run.json"
-# One slash is enough: Path() makes one of two.
-_URL = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)
 _LIBRARIES = ("torch", "diffusers", "transformers", "safetensors", "numpy", "pillow")
 
 
@@ -38,8 +36,9 @@ class ModelPlan:
     """A job with everything found and read that it needs."""
 
     job: ModelJob
-    # Of the given model.
+    # Of the given model, on this machine; ``fetched`` keeps one there that was downloaded.
     folder: Path
+    fetched: Fetched | None
     side: int
     method: type[ModelProtector[Any]]
     preset: str
@@ -64,30 +63,36 @@ class ModelPlan:
 
     @property
     def base_name(self) -> str:
-        """The given model as published texts may name it: no path of this machine."""
-        return Path(self.job.model).name if Path(self.job.model).expanduser().is_dir() else self.job.model
+        """The given model as published texts may name it: no path of this machine, and no bucket."""
+        model = self.job.model
+        return Path(model).name if is_far(model) or Path(model).expanduser().is_dir() else model
 
     def run_facts(self) -> dict[str, Any]:
         """What a checkpoint belongs to."""
         return {"identity": self.identity, "environment": self.environment}
 
 
-def plan_model(job: ModelJob) -> ModelPlan:
+def plan_model(job: ModelJob, *, trained_here: bool = True) -> ModelPlan:
     """Finds model and method, reads the concepts, and looks into the folders.
+
+    Args:
+        job: what to do.
+        trained_here: whether this machine needs the job's device.
 
     Raises:
         UserError: an unknown method, preset or field, an image that cannot be read, or a folder that is another's.
         ModelError: no such model, or one of another kind.
     """
-    _check_local(job)
+    _check_places(job)
+    _check_device(job.device, trained_here)
     method, preset, config = _method(job)
-    folder = Path(model_folder(job.model))
-    check_folder(folder)
+    folder, fetched = _model(job)
     side = model_base_size(str(folder))
-    concepts = tuple(read_concept(source, side=side, most=job.images) for source in job.concepts)
+    concepts = tuple(read_concept(source, side=side, most=job.images, s3=job.s3) for source in job.concepts)
     base = model_digest(str(folder))
-    positives = None if job.positives is None else _positives(job.positives, base, concepts)
-    if positives is not None:
+    positives = None
+    if job.positives is not None:
+        positives = read_positives(job.source_store(job.positives), base, concepts)
         pairs = zip(concepts, positives, strict=True)
         concepts = tuple(replace(concept, positives=given.given_to(concept)) for concept, given in pairs)
     identity = {
@@ -107,10 +112,11 @@ def plan_model(job: ModelJob) -> ModelPlan:
     }
     # Through JSON, as it comes back from a file: tuples are lists there.
     identity = json.loads(json.dumps(identity))
-    _check_work(job, {"identity": identity, "environment": environment})
+    check_bound(job, bound_to(job), {"identity": identity, "environment": environment})
     return ModelPlan(
         job=job,
         folder=folder,
+        fetched=fetched,
         side=side,
         method=method,
         preset=preset,
@@ -119,8 +125,38 @@ def plan_model(job: ModelJob) -> ModelPlan:
         positives=positives,
         identity=identity,
         environment=environment,
-        finished=_is_finished(job.out, identity),
+        finished=is_finished(job, identity),
     )
+
+
+def is_finished(job: ModelJob, identity: Mapping[str, Any]) -> bool:
+    """Whether OUT holds this very model, whole; UserError where it holds anything else but a part of it."""
+    keys = {item.key for item in job.out_store().list()}
+    if PROVENANCE not in keys:
+        if keys and not is_announced(job):
+            raise UserError(f"--out {job.out_name} is neither empty nor a folder of this command: choose another")
+        return False
+    made = get_json(job.out_store(), PROVENANCE)
+    if differences := differing_fields(identity, made.get("identity")):
+        what = f"another protected model ({'; '.join(differences)})"
+        raise UserError(f"{job.out_name} holds {what}: choose another --out")
+    if missing := sorted(set(made.get("files", ())) - keys):
+        raise UserError(f"{job.out_name} holds this model, but {missing[0]} is gone: remove it and run again")
+    return True
+
+
+def _model(job: ModelJob) -> tuple[Path, Fetched | None]:
+    """Its folder on this machine, and what keeps it there."""
+    if not is_far(job.model):
+        folder = Path(model_folder(job.model))
+        check_folder(folder)
+        return folder, None
+    fetched = fetch_model(job.source_store(job.model))
+    try:
+        check_folder(fetched.folder)
+    except ModelError as error:
+        raise UserError(str(error).replace(str(fetched.folder), job.model)) from error
+    return fetched.folder, fetched
 
 
 def _method(job: ModelJob) -> tuple[type[ModelProtector[Any]], str, ModelProtectorConfig]:
@@ -137,60 +173,31 @@ def _method(job: ModelJob) -> tuple[type[ModelProtector[Any]], str, ModelProtect
         raise UserError(f"method {job.method!r}: {error}") from error
 
 
-def _positives(url: str, base: str, concepts: Sequence[Concept]) -> tuple[Positives, ...]:
-    return read_positives(open_store(url, StorageOptions()), base, concepts)
+def _check_places(job: ModelJob) -> None:
+    job.out_store(), job.work_store()  # refuse addresses with passwords in them, before any is shown
+    ours = {"--out": job.out, "--work": job.work_url}
+    if same_or_nested(*ours.values()):
+        raise UserError(f"--work {job.work_name} and --out {job.out_name} overlap: checkpoints are no part of a model")
+    if is_far(job.out) and "/" not in job.out.partition("://")[2].rstrip("/"):
+        raise UserError(f"--out {job.out_name} is a whole bucket: name a prefix in it")
+    for name, place in ours.items():
+        taken = [f"--concept {source.path}" for source in job.concepts if same_or_nested(place, _place(source))]
+        taken += [f"the model {job.model}"] * same_or_nested(place, job.model)
+        taken += [f"--positives {job.positives}"] * bool(job.positives and same_or_nested(place, job.positives))
+        if taken:
+            raise UserError(f"{name} {public_url(place)} and {public_url(taken[0])} overlap: choose another folder")
+        if not is_far(place) and Path(local_path(place)).is_file():
+            raise UserError(f"{name} {place} is a file: name a folder")
 
 
-def _check_local(job: ModelJob) -> None:
-    folders = {"--out": str(job.out), "--work": str(job.work_folder)}
-    places = {"--concept": [source.path for source in job.concepts], **{name: [at] for name, at in folders.items()}}
-    for name, paths in {**places, "MODEL": [job.model]}.items():
-        if far := [path for path in paths if _URL.match(path)]:
-            raise UserError(f"{name} {far[0]}: protect-model reads and writes on this machine alone; name a local path")
-    if same_or_nested(*folders.values()):
-        raise UserError(f"--work {job.work_folder} and --out {job.out} overlap: checkpoints would get into the model")
-    for name, folder in folders.items():
-        for source in job.concepts:
-            if same_or_nested(folder, str(split_source(source.path)[0])):
-                raise UserError(f"{name} {folder} and --concept {source.path} overlap: choose another folder")
-        if same_or_nested(folder, job.model):
-            raise UserError(f"{name} {folder} and the model {job.model} overlap: choose another folder")
+def _place(source: ConceptSource) -> str:
+    return split_source(source.path)[0]
+
+
+def _check_device(device: str, needed: bool) -> None:
     try:
-        available = torch.device(job.device).type != "cuda" or torch.cuda.is_available()
+        available = torch.device(device).type != "cuda" or torch.cuda.is_available()
     except RuntimeError as error:
-        raise UserError(f"--device {job.device}: use cpu or cuda") from error
-    if not available:
-        raise UserError(f"--device {job.device}: there is none on this machine")
-
-
-def _is_finished(out: Path, identity: dict[str, Any]) -> bool:
-    """Whether the folder holds this very model; UserError where it holds anything else."""
-    made = _facts(out, PROVENANCE)
-    if made is None:
-        return False
-    if differences := differing_fields(identity, made.get("identity")):
-        raise UserError(f"{out} holds another protected model ({'; '.join(differences)}): choose another --out")
-    return True
-
-
-def _check_work(job: ModelJob, facts: dict[str, Any]) -> None:
-    work = job.work_folder
-    begun = _facts(work, RUN)
-    if begun is not None and (differences := differing_fields(facts, begun)):
-        raise UserError(
-            f"{work} holds checkpoints of another run ({'; '.join(differences)}): run that one again as it was, "
-            "remove the folder, or choose another --work"
-        )
-
-
-def _facts(folder: Path, name: str) -> dict[str, Any] | None:
-    """The JSON of a folder of ours; None: nothing is there. UserError: something else is."""
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return None
-    try:
-        found = json.loads((folder / name).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder} is neither empty nor a folder of this command: choose another") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{folder / name} holds no JSON object: choose another folder")
-    return found
+        raise UserError(f"--device {device}: use cpu or cuda") from error
+    if needed and not available:
+        raise UserError(f"--device {device}: there is none on this machine")

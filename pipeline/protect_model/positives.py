@@ -120,7 +120,7 @@ def _found(store: Store, entries: Sequence[Mapping[str, Any]], concept: Concept)
 def _latents(store: Store, name: str, digests: Sequence[str]) -> Tensor:
     where = join_url(f"--positives {store.url}", name)
     try:
-        latents = load(store.get(name))[_TENSOR]
+        latents: Tensor = load(store.get(name))[_TENSOR]
     except (NotFound, SafetensorError, KeyError) as error:
         raise UserError(f"{where} cannot be read: {error}") from error
     found = [hashlib.sha256(values.contiguous().numpy().tobytes()).hexdigest() for values in latents]

@@ -1,125 +1,110 @@
-"""The folder of a protected model: the given one's files, another UNet, and how that came about."""
+"""Puts a finished folder where it belongs: under its name at once, or object by object with provenance at the end."""
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
-import io
+import os
+import re
 import shutil
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
-from diffusers.utils.constants import SAFETENSORS_WEIGHTS_NAME
-from matplotlib.figure import Figure
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 
-from pipeline.errors import PipelineError
-from pipeline.protect_model.card import model_card
+from pipeline.errors import AlreadyExists, IntegrityError, PipelineError, UserError
+from pipeline.protect_model.fetch import Fetched
+from pipeline.protect_model.folder import write_folder
 from pipeline.protect_model.plan import PROVENANCE, ModelPlan
-from pipeline.protect_model.positives import FOLDER, Positives, write_positives
-from pipeline.storage import json_bytes
-from protectors.concepts import attacker_words
+from pipeline.protect_model.work import Work
+from pipeline.storage import Store, in_parallel, stored_sha256
+from pipeline.storage_local import LocalStore
 from protectors.diffusion import DiffusionModel
-from protectors.dreambooth import CLASS_SAMPLER
-from protectors.model_base import Curves, ProtectedModel
-from protectors.model_files import MODEL_INDEX, defining_files, model_digest, read_json
-
-_UNET = "unet"
-# The base model's licence binds whoever passes it on.
-_LEGAL = ("license", "notice")
+from protectors.model_base import ProtectedModel
+from protectors.model_files import MODEL_INDEX
 
 
-def publish(plan: ModelPlan, protected: ProtectedModel, model: DiffusionModel) -> None:
-    """Writes the folder whole or not at all: beside it first, then under its name.
+def publish(plan: ModelPlan, protected: ProtectedModel, model: DiffusionModel, work: Work) -> None:
+    """Writes the folder of a protected model.
 
-    A kill leaves a hidden folder beside it, which is never taken for a model.
+    On this machine it is there whole or not at all: it is written beside it first. In a far store its objects are
+    created one by one, the model's index and provenance last; what a killed run left is completed, not replaced.
 
     Raises:
         PipelineError: it cannot be written.
+        UserError: something else was put there meanwhile.
     """
-    out = plan.job.out
-    part = out.with_name(f".{out.name}-{uuid.uuid4().hex[:8]}")
+    store = plan.job.out_store()
     try:
-        part.mkdir(parents=True)
-        _copy(plan.folder, part)
-        weights = part / _UNET / SAFETENSORS_WEIGHTS_NAME
-        save_file({name: weight.contiguous() for name, weight in protected.weights.items()}, weights, {"format": "pt"})
-        document = provenance(plan, protected, part, weights)
-        write_positives(part / FOLDER, plan.identity["base"], _positives(plan, protected), model)
-        (part / "curves.png").write_bytes(_drawn(protected.facts.curves))
-        (part / "README.md").write_text(model_card(plan, document), encoding="utf-8")
-        (part / PROVENANCE).write_bytes(json_bytes(document))
-        part.replace(out)
+        if isinstance(store, LocalStore):
+            with _beside(store.root) as part:
+                write_folder(part, plan, protected, model)
+                part.replace(store.root)
+        else:
+            whole = Fetched()
+            write_folder(whole.folder, plan, protected, model)
+            _upload(store, whole.folder, work)
     except (OSError, SafetensorError) as error:
-        raise PipelineError(f"{out} cannot be written: {error}; the checkpoints stay, run it again") from error
+        raise PipelineError(
+            f"{plan.job.out_name} cannot be written: {error}; the checkpoints stay, run it again"
+        ) from error
+
+
+def sweep(store: Store) -> None:
+    """Removes the hidden folders that killed runs left beside a folder of this machine."""
+    if not isinstance(store, LocalStore) or not store.root.parent.is_dir():
+        return
+    name = re.compile(re.escape(f".{store.root.name}-") + "[0-9a-f]{8}")
+    for folder in store.root.parent.iterdir():
+        if name.fullmatch(folder.name):
+            with suppress(OSError), _locked(folder):  # a run that is alive holds its own
+                shutil.rmtree(folder)
+
+
+@contextmanager
+def _beside(out: Path) -> Iterator[Path]:
+    """A hidden folder beside it, which is never taken for a model; gone at the end, if it still has its name."""
+    part = out.with_name(f".{out.name}-{uuid.uuid4().hex[:8]}")
+    part.mkdir(parents=True)
+    try:
+        with _locked(part):
+            yield part
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def _positives(plan: ModelPlan, protected: ProtectedModel) -> Sequence[Positives]:
-    if plan.positives is not None:
-        return plan.positives
-    first, config = plan.config.class_images, plan.config  # class images are drawn before them
-    return [
-        Positives(
-            class_word=concept.class_word,
-            pairs=pairs,
-            seeds=tuple(range(first, first + len(pairs))),
-            drawn={
-                "prompt": attacker_words(concept.class_word, config.identifiers, config.templates)[0].general,
-                **CLASS_SAMPLER,
-            },
-            latents=latents,
-        )
-        for concept, pairs, latents in zip(plan.concepts, protected.facts.pairs, protected.positives, strict=True)
-    ]
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Marks a folder as in use until the end of the block, or of the process. Raises OSError if it is."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
 
 
-def provenance(plan: ModelPlan, protected: ProtectedModel, folder: Path, weights: Path) -> dict[str, Any]:
-    """Everything about the model that is not a weight. Images are named by hashes; there is no clock in it."""
-    facts = protected.facts
-    with weights.open("rb") as stream:
-        unet = hashlib.file_digest(stream, "sha256").hexdigest()
-    return {
-        **plan.run_facts(),
-        "base_model": plan.base_name,
-        "preset": plan.preset,
-        "pairs": [
-            {
-                "class_word": concept.class_word,
-                "images": [{"sha256": image, "positive_latents_sha256": positive} for image, positive in pairs],
-            }
-            for concept, pairs in zip(plan.concepts, facts.pairs, strict=True)
-        ],
-        "weights": {"digest": model_digest(str(folder)), "unet_sha256": unet, "dtype": "float32"},
-        "facts": {"updates": facts.steps, "drift": facts.drift, "largest_change": facts.largest_change},
-        "curves": {name: list(curve) for name, curve in facts.curves.items()},
-    }
+def _upload(store: Store, folder: Path, work: Work) -> None:
+    names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
+    work.announce()
+    if others := sorted({item.key for item in store.list()} - set(names)):
+        raise UserError(f"--out {work.job.out_name} holds {others[0]}, which is no part of this model: choose another")
 
+    def put(name: str) -> None:
+        try:
+            store.put_new_file(name, folder / name)
+        except AlreadyExists as error:
+            with (folder / name).open("rb") as file:
+                ours = hashlib.file_digest(file, "sha256").hexdigest()
+            if stored_sha256(store, name) != ours:
+                out = work.job.out_name
+                raise IntegrityError(
+                    f"{out} holds another {name} than this run made: remove {out} and run again; the checkpoints stay"
+                ) from error
 
-def _copy(base: Path, folder: Path) -> None:
-    """Copies every component as it is, but the UNet's weights: theirs would undo the protection, in any format."""
-    index = read_json(base / MODEL_INDEX)
-    parts = [name for name, value in index.items() if isinstance(value, list) and (base / name).is_dir()]
-    files = defining_files(base, [part for part in parts if part != _UNET])
-    legal = [file for file in base.iterdir() if file.is_file() and file.name.lower().startswith(_LEGAL)]
-    for file in [*files, *legal, base / _UNET / "config.json"]:
-        copy = folder / file.relative_to(base)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, copy)
-
-
-def _drawn(curves: Curves) -> bytes:
-    """Every logged value over the updates, one panel each."""
-    figure = Figure(figsize=(7, 2 * len(curves)), layout="constrained")
-    for place, (name, values) in enumerate(curves.items()):
-        axes = figure.add_subplot(len(curves), 1, place + 1)
-        axes.plot(range(1, len(values) + 1), values, marker="." if len(values) < 30 else "")
-        axes.set_ylabel(name)
-        axes.grid(alpha=0.3)
-    axes.set_xlabel("update")
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=110)
-    return file.getvalue()
+    last = (MODEL_INDEX, PROVENANCE)
+    in_parallel(put, [name for name in names if name not in last])
+    for name in last:
+        put(name)

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import time
-from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
 from pipeline.errors import PipelineError, UserError
-from pipeline.protect_model.plan import RUN, ModelPlan
-from pipeline.protect_model.publish import publish
-from pipeline.storage import json_bytes
+from pipeline.protect_model.fetch import is_far
+from pipeline.protect_model.lock import Say, silent
+from pipeline.protect_model.plan import ModelPlan, is_finished
+from pipeline.protect_model.publish import publish, sweep
+from pipeline.protect_model.work import Work, is_left, opened
+from pipeline.storage import check_conditional_writes
 from protectors.diffusion import DiffusionModel, load_model
 from protectors.model_files import read_json
 from protectors.pgd import Progress
@@ -22,39 +21,56 @@ from protectors.protected_weights import NotFiniteError
 from protectors.reference.checkpoint import CheckpointConflict
 
 
-def protect_model(plan: ModelPlan, progress: Progress | None = None) -> None:
+def protect_model(plan: ModelPlan, progress: Progress | None = None, say: Say = silent) -> None:
     """Protects the model and writes the folder; goes on from the last checkpoint. A finished one costs nothing.
 
     Args:
         plan: what to do.
         progress: called with (updates done, updates in all), only for updates made now.
+        say: told when this has to wait for a run that may be dead.
 
     Raises:
-        UserError: the checkpoints were made on an unlike machine.
+        UserError: another run is at it, or the checkpoints were made on an unlike machine.
         PipelineError: the training broke down, or a folder cannot be written.
     """
-    if not plan.finished:
-        work = plan.job.work_folder
-        _begin(work, plan)
-        model = _load(plan)
-        try:
-            protected = plan.method(plan.config, model).protect(
-                plan.concepts,
-                seed=plan.job.seed,
-                progress=progress,
-                checkpoint=work / "checkpoint",
-                checkpoint_every=plan.job.checkpoint_every,
-            )
-        except CheckpointConflict as error:
-            # The plan has compared all else; what is left is how images of the class were drawn.
-            raise UserError(
-                f"{work} was begun where numbers come out otherwise (another processor or GPU, another number of "
-                "threads): go on there, or remove it and begin again"
-            ) from error
-        except NotFiniteError as error:
-            raise PipelineError(f"{error}. For another rate remove {work}, or choose another --work") from error
-        publish(plan, protected, model)
-    _clean(plan.job.work_folder)
+    sweep(plan.job.out_store())
+    if plan.finished and not is_left(plan.job):
+        return
+    for url, store in ((plan.job.out, plan.job.out_store()), (plan.job.work_url, plan.job.work_store())):
+        if is_far(url):
+            check_conditional_writes(store)  # hours before the first of them
+    with opened(plan.job, say) as work:
+        # Asked again: the run that this one waited for may have finished it.
+        if not is_finished(plan.job, plan.identity):
+            work.begin(plan.run_facts())
+            _train(plan, work, progress)
+        work.clean()
+
+
+def _train(plan: ModelPlan, work: Work, progress: Progress | None) -> None:
+    def done(updates: int, total: int) -> None:
+        work.keep()
+        if progress is not None:
+            progress(updates, total)
+
+    model, where = _load(plan), plan.job.work_name
+    try:
+        protected = plan.method(plan.config, model).protect(
+            plan.concepts,
+            seed=plan.job.seed,
+            progress=done,
+            checkpoint=work.checkpoint,
+            checkpoint_every=plan.job.checkpoint_every,
+        )
+    except CheckpointConflict as error:
+        # The plan has compared all else; what is left is how images of the class were drawn.
+        raise UserError(
+            f"{where} was begun where numbers come out otherwise (another processor or GPU, another number of "
+            "threads): go on there, or remove it and begin again"
+        ) from error
+    except NotFiniteError as error:
+        raise PipelineError(f"{error}. For another rate remove {where}, or choose another --work") from error
+    publish(plan, protected, model, work)
 
 
 def unet_bytes(plan: ModelPlan) -> int:
@@ -93,22 +109,3 @@ def _load(plan: ModelPlan) -> DiffusionModel:
     for library in (logging, transformers_logging):
         library.disable_progress_bar()  # theirs would tear those of the command apart
     return load_model(str(plan.folder), device=plan.job.device)
-
-
-def _begin(work: Path, plan: ModelPlan) -> None:
-    """Marks the folder as this run's."""
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-        part = work / f"{RUN}.part"
-        part.write_bytes(json_bytes(plan.run_facts()))
-        os.replace(part, work / RUN)
-    except OSError as error:
-        raise PipelineError(f"{work} cannot be written: {error}") from error
-
-
-def _clean(work: Path) -> None:
-    """Removes what runs left there, and the folder if there is nothing else in it."""
-    shutil.rmtree(work / "checkpoint", ignore_errors=True)
-    (work / RUN).unlink(missing_ok=True)
-    with suppress(OSError):  # other files are there, or it is gone
-        work.rmdir()

@@ -40,7 +40,14 @@ def protect(folder: Path, out: Path, *options: object) -> Result:
         (["--concept", "{}/photos"], ["--class-word dog"]),
         (["--concept", "{}/photos", "--class-word", "dog", "--class-word", "cat"], ["2 --class-word for 1 --concept"]),
         (["--concept", "{}/subjects.parquet"], ["subjects.parquet#SUBJECT", "mia, rex"]),
-        (["--concept", "s3://photos/rex", "--class-word", "dog"], ["s3://photos/rex", "this machine alone"]),
+        (
+            ["--concept", "s3://key:secret@photos/rex", "--class-word", "dog"],
+            ["s3://photos/rex was given with credentials in the URL: leave them out"],
+        ),
+        (
+            ["--concept", "s3://photos/rex", "--class-word", "dog", "--s3-endpoint", "http://me:secret@127.0.0.1:1"],
+            ["the S3 endpoint http://127.0.0.1:1 was given with credentials"],
+        ),
         (["--concept", "{}/subjects.parquet#rex", "--method", "mist"], ["mist", "apdm, naive"]),
         (["--concept", "{}/subjects.parquet#rex", "--set", "steps=few"], ["steps", "few", "int"]),
         (["--concept", "{}/subjects.parquet#rex", "--seed", str(2**64)], ["seed", "less than 18446744073709551616"]),
@@ -50,6 +57,7 @@ def test_wrong_options(options: list[str], words: list[str], folder: Path, tmp_p
     result = protect(folder, tmp_path / "out", *(option.format(folder) for option in options))
     assert result.code == 2, result
     assert all(word in result.error for word in words), result.error
+    assert "secret" not in result.out + result.err
     assert list(tmp_path.iterdir()) == []
 
 

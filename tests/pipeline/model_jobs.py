@@ -41,7 +41,7 @@ def world(folder: Path) -> Path:
     return folder
 
 
-def job(folder: Path, out: Path, **changes: Any) -> ModelJob:
+def job(folder: Path, out: Path | str, **changes: Any) -> ModelJob:
     """Protects the model of ``world`` against its folder of photos."""
     given = {
         "model": str(folder / "model"),
@@ -51,7 +51,8 @@ def job(folder: Path, out: Path, **changes: Any) -> ModelJob:
         "preset": "fast",
         "checkpoint_every": 2,
     }
-    return ModelJob(**{**given, **changes})
+    given = {**given, **changes}
+    return ModelJob(**{name: str(value) if isinstance(value, Path) else value for name, value in given.items()})
 
 
 def contents(folder: Path) -> dict[str, bytes]:

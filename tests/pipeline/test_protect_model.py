@@ -136,7 +136,7 @@ def test_a_folder_is_written_whole_or_not_at_all(folder: Path, tmp_path: Path, m
     out = tmp_path / "protected"
     out.mkdir()  # an empty one may be there
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.protect_model.publish.model_card", _full)
+        patch.setattr("pipeline.protect_model.folder.model_card", _full)
         with pytest.raises(PipelineError, match=r"No space left.*the checkpoints stay"):
             protect_model(plan_model(job(folder, out)))
     assert (list(out.iterdir()), {path.name for path in tmp_path.iterdir()}) == (
@@ -162,8 +162,11 @@ def _full(*_: Any) -> str:
         ({"work": Path("out/.work")}, "--work .* and --out .* overlap"),
         ({"out": Path("taken")}, "neither empty nor a folder of this command"),
         ({"work": Path("taken")}, "neither empty nor a folder of this command"),
-        ({"out": Path("s3://bucket/out")}, "--out s3:/bucket/out: .* this machine alone"),
-        ({"model": "s3://bucket/model"}, "MODEL s3://bucket/model: .* this machine alone"),
+        ({"out": "s3://bucket"}, "--out s3://bucket is a whole bucket: name a prefix"),
+        ({"out": "s3://key:secret@bucket/out"}, "s3://bucket/out was given with credentials in the URL"),
+        ({"work": "s3://bucket/out", "out": "s3://bucket/out/rex"}, "--work .* and --out .* overlap"),
+        ({"work": "no-such-scheme://folder"}, "cannot open no-such-scheme://folder"),
+        ({"out": Path("file")}, "--out .*/file is a file: name a folder"),
         ({"method": "apmd"}, "no model protector named 'apmd'. Known: apdm, naive"),
         ({"preset": "slow"}, "no preset 'slow'; it has paper, fast, strong"),
         ({"overrides": {"stepz": 1}}, "no field 'stepz'"),
@@ -173,14 +176,12 @@ def _full(*_: Any) -> str:
 )
 def test_refused(changes: dict[str, Any], words: str, folder: Path, tmp_path: Path) -> None:
     (tmp_path / "taken").mkdir()
+    (tmp_path / "file").write_text("no folder")
     (tmp_path / "taken" / "thesis.tex").write_text("years of work")
     for name in ("photos", "model"):
         (tmp_path / name).symlink_to(folder / name)
     before = contents(tmp_path)
-    changes = {
-        name: tmp_path / value if isinstance(value, Path) and ":" not in str(value) else value
-        for name, value in changes.items()
-    }
+    changes = {name: tmp_path / value if isinstance(value, Path) else value for name, value in changes.items()}
     with pytest.raises(UserError, match=words):
         plan_model(job(tmp_path, **{"out": tmp_path / "out", **changes}))
     assert contents(tmp_path) == before
