@@ -100,7 +100,7 @@ def verify_model(
         list[str] | None,
         _cost("--prompt", help="Drawn by both models, unrelated; repeatable. (Default: eight things.)"),
     ] = None,
-    draws: Annotated[int, _cost("--draws", help="Images per prompt; 0 draws none. KID needs 100 in all.", min=0)] = 16,
+    draws: Annotated[int, _cost("--draws", help="Images per prompt; 0 draws none, KID needs 2.", min=0)] = 16,
     seed: Annotated[int, _how("--seed", help="Of all random draws.", min=0)] = 0,
     workers: Annotated[
         int | None, _how("--workers", help="Processes of one thread. (Default: one per core; one with cuda.)", min=1)

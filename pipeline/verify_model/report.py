@@ -197,15 +197,7 @@ def _utility_line(found: UtilityResult) -> list[str]:
         written(loss.ratio, digits=3), f"<= {LOSS_BAR:g}, {'met' if loss.met else 'not met'}"
     ]  # fmt: skip
     cells += ["-", "-"] if drawn is None else [written(drawn.cosine), written(drawn.control)]
-    if drawn is None or drawn.kid is None or drawn.kid_control is None:
-        cells += ["-", "-"]
-    else:
-        mean = sum(item.value for item in drawn.kid) / len(drawn.kid)
-        error = sum(item.standard_error for item in drawn.kid) / len(drawn.kid)
-        cells += [
-            f"{mean:.4f} ± {error:.4f}",
-            f"{drawn.kid_control.value:.4f} ± {drawn.kid_control.standard_error:.4f}",
-        ]
+    cells += ["-", "-"] if drawn is None else [written(drawn.kid), written(drawn.kid_control)]
     for name in ("drift", "largest_change"):
         cells.append(", ".join(f"{model.facts[name]:.3g}" for model in found.models))
     return cells
@@ -258,11 +250,11 @@ def notes(found: Findings) -> list[str]:
     if found.utility and any(item.drawn is not None for item in found.utility):
         said.append(
             "cosine and KID on nano-embed, of images of unrelated prompts; cosine: protected and base from equal "
-            "noise, control: base and base from other noise; KID (± standard error over blocks): to the base from "
-            "other noise, control: of the base itself; below 0 is noise"
+            "noise, control: base and base from other noise; KID, within prompts and averaged over them: to the base "
+            "from other noise, control: of the base itself, which is 0 but for chance; published KID is another number"
         )
         if any(item.drawn is not None and item.drawn.kid is None for item in found.utility):
-            said.append("no KID: it needs 100 images: --draws times the number of prompts")
+            said.append("no KID: it needs --draws 2 or more")
     return said
 
 

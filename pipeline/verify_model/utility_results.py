@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torchmetrics.image.kid import poly_mmd
 
 from pipeline.verify.bootstrap import Floats, Interval, ratio
-from pipeline.verify.metrics.distribution import FEWEST, SetDistance, kid
 from pipeline.verify_model.figures import intervals
 from pipeline.verify_model.models import Protected
 from pipeline.verify_model.plan import VerificationPlan
@@ -47,11 +47,15 @@ class DrawnResult:
     control: Interval
     unit: str
     units: int
-    # Images of one model.
+    # Of one model.
     images: int
-    # Of each model to the base from other noise, and of the base itself to that; None where images are too few.
-    kid: Sequence[SetDistance] | None
-    kid_control: SetDistance | None
+    prompts: int
+    # Kernel distance of the protected model, and of the base, to the base from other noise: mean over prompts. None
+    # where a prompt has one image.
+    kid: Interval | None
+    kid_control: Interval | None
+    kid_unit: str
+    kid_units: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +89,7 @@ def utility_of(plan: VerificationPlan, results: Results, failed: Mapping[str, st
         label=label,
         models=[utility.protected for utility in own],
         loss=loss_result(losses) if losses else None,
-        drawn=drawn_result(drawings) if drawings else None,
+        drawn=drawn_result(drawings, plan.settings.drawn) if drawings else None,
         errors=errors,
     )
 
@@ -113,26 +117,53 @@ def _loss_ratio(values: Floats) -> dict[str, Floats]:
     return {"ratio": ratio(means[:, 1], means[:, 0])}
 
 
-def drawn_result(drawings: Sequence[Sequence[Floats]]) -> DrawnResult:
-    """From three sets of embeddings `(images, D)` per model: base, base from other noise, protected."""
+def drawn_result(drawings: Sequence[Sequence[Floats]], count: int) -> DrawnResult:
+    """From three sets of embeddings `(prompts * count, D)` per model: base, base from other noise, protected.
+
+    Args:
+        drawings: prompt by prompt.
+        count: images of each prompt.
+    """
     cosines = [
         np.stack([(base * protected).sum(axis=1), (base * other).sum(axis=1)], axis=1)
         for base, other, protected in drawings
     ]
-    figures, unit, units = intervals(cosines, _cosines, alone="pictures", several="models")
-    base, other, _ = (torch.from_numpy(values) for values in drawings[0])
-    enough = len(base) >= FEWEST
+    figures, unit, units = intervals(cosines, _with_control, alone="pictures", several="models")
+    images = len(cosines[0])
+    kid: dict[str, Interval] = {}
+    kid_unit, kid_units = "", 0
+    if count > 1:
+        distances = [
+            np.stack([_distances(protected, other, count), _distances(base, other, count)], axis=1)
+            for base, other, protected in drawings
+        ]
+        kid, kid_unit, kid_units = intervals(distances, _with_control, alone="prompts", several="models")
     return DrawnResult(
-        cosine=figures["cosine"],
+        cosine=figures["value"],
         control=figures["control"],
         unit=unit,
         units=units,
-        images=len(base),
-        kid=[kid(torch.from_numpy(side[2]), other) for side in drawings] if enough else None,
-        kid_control=kid(base, other) if enough else None,
+        images=images,
+        prompts=images // count,
+        kid=kid.get("value"),
+        kid_control=kid.get("control"),
+        kid_unit=kid_unit,
+        kid_units=kid_units,
     )
 
 
-def _cosines(values: Floats) -> dict[str, Floats]:
+def _distances(left: Floats, right: Floats, count: int) -> Floats:
+    """Unbiased squared MMD under (x.y + 1)^3 of every prompt's images, `(prompts,)`.
+
+    Prompt by prompt, because only the images of one are independent draws: in a set of equally many images of each,
+    two images of one side share their prompt less often than an image of either side, and a distance of whole sets
+    would lie below zero for equal models.
+    """
+    sides = (torch.split(torch.from_numpy(side), count) for side in (left, right))
+    values = [float(poly_mmd(one, other, degree=3, gamma=1.0, coef=1.0)) for one, other in zip(*sides, strict=True)]
+    return np.array(values)
+
+
+def _with_control(values: Floats) -> dict[str, Floats]:
     means = values.mean(axis=1)
-    return {"cosine": means[:, 0], "control": means[:, 1]}
+    return {"value": means[:, 0], "control": means[:, 1]}
