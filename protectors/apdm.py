@@ -28,6 +28,18 @@ class APDMConfig(LearningToProtectConfig):
         require(self.beta > 0, "beta", self.beta, "use more than 0")
 
 
+_FAST = APDMConfig(
+    steps=60,
+    rate=2e-4,
+    inner_steps=10,
+    attacker_rates=(2e-4,),
+    batch=4,
+    class_images=32,
+    templates=("a photo of a {}",),
+)
+_IDENTIFIERS = ("sks", "ktn", "t@t", "<subject>")
+
+
 class APDM(LearningToProtect[APDMConfig]):
     """Anti-Personalized Diffusion Model: prefers generic images to the subject's, along simulated attacks.
 
@@ -44,8 +56,11 @@ class APDM(LearningToProtect[APDMConfig]):
         config: ``APDMConfig``. The ``paper`` preset has its numbers: 800 updates, N_per = 20, AdamW with 5e-6 for
             both (betas 0.9 and 0.999, weight decay 0.01), beta = w = w_p = 1, batch 1, float32, 200 class images,
             "a photo of sks person"; the sigmoid is taken of each element, as in the released code. ``fast`` is for
-            the embedded model, whose attackers need about 40 times the rate. ``strong`` is ``paper`` with other
-            identifiers, prompts and attackers, which the paper has not.
+            the embedded model, whose attackers need about 40 times the rate. ``strong`` is ``paper`` extended by what
+            the paper has not: each simulated attack draws one of several identifiers and prompts, and attackers who
+            train all weights, low-rank deltas, and keys and values of cross-attention take turns. ``extended`` is
+            ``fast`` extended in the same way and by nothing else, so that what it brings can be measured; ``strong``
+            takes 1200 updates, 400 with each attacker.
         model: ``DiffusionModel`` in float32.
 
     Shape: images of concepts ``(N, 3, S, S)`` float32 in [0, 1] sRGB, S the model's base size.
@@ -62,30 +77,30 @@ class APDM(LearningToProtect[APDMConfig]):
         sets of gradients and two of moments. The paper: about 9 hours on an RTX A6000.
 
     Differs from the paper: an attacker's instance and class image have a timestep each where the released code shares
-        it; every simulated attack shuffles its images anew. Class images and drawn positives are latents that were
-        never decoded. What it cannot do: whoever has the given weights is not hindered.
+        it (``t_sharing``); every simulated attack shuffles its images anew. Class images and drawn positives are
+        latents that were never decoded. What it cannot do: whoever has the given weights is not hindered.
     """
 
     name = "apdm"
     version = "1"
     config_type = APDMConfig
     presets: ClassVar[Mapping[str, APDMConfig]] = {
-        "paper": APDMConfig(),
-        "fast": APDMConfig(
-            steps=60,
-            rate=2e-4,
-            inner_steps=10,
-            attacker_rates=(2e-4,),
-            batch=4,
-            class_images=32,
-            templates=("a photo of a {}",),
+        "paper": APDMConfig(one_pass=True),
+        "fast": _FAST,
+        "extended": _FAST.replace(
+            identifiers=_IDENTIFIERS,
+            templates=("a photo of a {}", "a photo of the {}", "a picture of a {}"),
+            attackers=("full", "lora", "cross_attention"),
+            # Those at which the quick customizers personalize the embedded model.
+            attacker_rates=(2e-4, 2e-3, 2e-3),
         ),
         "strong": APDMConfig(
-            identifiers=("sks", "ktn", "t@t", "<subject>"),
+            identifiers=_IDENTIFIERS,
             templates=("a photo of {}", "a photo of a {}", "a portrait of {}", "a picture of my {}"),
             attackers=("full", "lora", "cross_attention"),
             attacker_rates=(5e-6, 1e-4, 2e-5),
             steps=1200,
+            one_pass=True,
         ),
     }
 

@@ -59,6 +59,14 @@ def test_at_their_default_they_are_not_part_of_what_names_a_run() -> None:
     assert APDMConfig().replace(t_sharing="code").to_dict()["t_sharing"] == "code"
 
 
+def test_the_extension_is_fast_with_other_words_and_attackers_alone() -> None:
+    plain, extended = (APDM.presets[name].to_dict() for name in ("fast", "extended"))
+    changed = {name for name in plain.keys() | extended.keys() if plain.get(name) != extended.get(name)}
+    assert changed == {"identifiers", "templates", "attackers", "attacker_rates"}
+    # Class images are drawn under the first template.
+    assert extended["templates"][0] == plain["templates"][0]
+
+
 @pytest.mark.parametrize("sharing", ["independent", "code"])
 def test_subject_and_class_share_their_timestep_and_never_their_noise(
     model: DiffusionModel, lessons: list[Lesson], sharing: str
