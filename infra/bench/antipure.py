@@ -9,9 +9,12 @@ of a photo, so that `shift` compares pictures, not draws; the arm "clean, other 
 `shift` is the figure that decides: the mean squared distance of nano-sd's latents (the posterior's mean, unscaled) of
 the purified picture from those of the purified original, which is what is left for a trainer of latent models. Beside
 it: `before`, the same without purifier; `residual`, rms of purified picture less original, in 8-bit levels; `ssim` of
-the two; `moved`, rms of purified less protected picture, in levels: how far the purifier goes. Intervals are 95 %
-bootstrap intervals over photos, p-values of differences are from sign flips (6 photos: 0.031 at the least), neither is
-corrected for the number of rows. Percentile intervals of six photos are too narrow: read them as a first look.
+the two; `moved`, rms of purified less protected picture, in levels: how far the purifier goes. Two more, added when the
+first photo was seen, tell a purifier that is led astray from one that takes the perturbation d off, which moves far as
+well: `change`, rms of d in levels, and `kept`, <Pure(x + d) - Pure(x), d> / <d, d>, 0 where nothing of d is left.
+
+Intervals are 95 % bootstrap intervals over photos, p-values of differences are from sign flips (6 photos: 0.031 at the
+least), neither is corrected for the number of rows. Percentile intervals of six photos are too narrow: a first look.
 
 Every picture is stored in OUT by all that decides it: a second call goes on where the first stopped. OUT then holds
 pictures of the originals.
@@ -57,7 +60,8 @@ from protectors.reference.quality import ssim
 from protectors.registry import protector_class
 
 EPS_LEVELS = 8.0
-MEASURES = {"shift": 4, "before": 4, "residual": 2, "ssim": 4, "moved": 2}  # with the decimals that are printed
+# With the decimals that are printed.
+MEASURES = {"shift": 4, "before": 4, "residual": 2, "ssim": 4, "moved": 2, "change": 2, "kept": 3}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,7 +259,7 @@ def measure(tasks: Sequence[Task]) -> dict[str, dict[str, list[float]]]:
         by_label.setdefault(task.arm.label, []).append(task)
     pictures = {label: _pictures(group) for label, group in by_label.items()}
     latents = {label: [_latents(model, images) for images in pair] for label, pair in pictures.items()}
-    originals, clean = pictures[CLEAN.label][0], latents[CLEAN.label]
+    (originals, cleaned), clean = pictures[CLEAN.label], latents[CLEAN.label]
     figures = {}
     for label, (protected, purified) in pictures.items():
         before, after = (_distance(*pair) for pair in zip(latents[label], clean, strict=True))
@@ -265,7 +269,10 @@ def measure(tasks: Sequence[Task]) -> dict[str, dict[str, list[float]]]:
             "residual": _distance(purified, originals).sqrt() * LEVELS,
             "ssim": ssim(purified, originals),
             "moved": _distance(purified, protected).sqrt() * LEVELS,
+            "change": _distance(protected, originals).sqrt() * LEVELS,
         }
+        if by_label[label][0].arm.method is not None:
+            values["kept"] = _share(purified - cleaned, protected - originals)
         figures[label] = {name: each.tolist() for name, each in values.items()}
     return figures
 
@@ -290,11 +297,18 @@ def _distance(first: Tensor, second: Tensor) -> Tensor:
     return (first - second).square().flatten(1).mean(1)
 
 
+def _share(left: Tensor, change: Tensor) -> Tensor:
+    """How much of a change is in what is left of it, per picture."""
+    return (left * change).flatten(1).sum(1) / change.square().flatten(1).sum(1)
+
+
 def rows_of(experiment: Experiment, figures: Mapping[str, Any], seed: int) -> list[dict[str, Any]]:
     """One row per arm and per difference and measure, with its interval."""
     rows = []
     for label, against in [*((arm.label, None) for arm in experiment.arms), *experiment.differences]:
         for measured in MEASURES:
+            if measured not in figures[label]:
+                continue  # nothing is kept of no change
             values = np.array(figures[label][measured])
             if against is not None:
                 values = values - np.array(figures[against][measured])
@@ -319,13 +333,14 @@ def rows_of(experiment: Experiment, figures: Mapping[str, Any], seed: int) -> li
 
 def show(title: str, rows: Iterable[Mapping[str, Any]]) -> None:
     """Prints arms, then differences, a line each."""
-    lines: dict[tuple[str, str | None], list[str]] = {}
+    lines: dict[tuple[str, str | None], dict[str, str]] = {}
     for row in rows:
-        lines.setdefault((row["arm"], row["less"]), []).append(_cell(row))
+        lines.setdefault((row["arm"], row["less"]), {})[row["measure"]] = _cell(row)
     table = Table("arm", *MEASURES, title=title)
     for (label, against), cells in lines.items():
-        table.add_row(label if against is None else f"{label} - {against}", *cells)
-    Console(width=190).print(table)
+        name = label if against is None else f"{label} - {against}"
+        table.add_row(name, *(cells.get(measured, "") for measured in MEASURES))
+    Console(width=220).print(table)
 
 
 def _cell(row: Mapping[str, Any]) -> str:
