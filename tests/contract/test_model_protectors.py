@@ -99,6 +99,8 @@ def test_the_protected_model_is_another_one(name: str, model: DiffusionModel, tm
     # What is kept for a model, by its name or by the object, is not taken for the other one.
     assert protected.digest not in (model.digest, build(name, model).protect([concept()], seed=2).on(model).digest)
     assert protected.digest == result.on(model).digest
+    # It names the other networks too.
+    assert protected.digest != result.on(small_model(tmp_path, seed=1)).digest
     drawn = [class_latents(each, "a photo of dog", 1) for each in (model, protected)]
     assert not torch.equal(*drawn)
     with pytest.raises(RuntimeError):
