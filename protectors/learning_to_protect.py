@@ -165,7 +165,8 @@ class LearningToProtect(ModelProtector[ConfigT]):
                     _add(sums, torch.autograd.grad(loss.sum(), weights, retain_graph=True))
                 return loss
 
-            with attacker.owned([0] * (config.batch * (2 if config.one_pass else 1))):
+            kinds = 2 if config.one_pass and config.prior_weight > 0 else 1
+            with attacker.owned([0] * (kinds * config.batch)):
                 rate = config.attacker_rates[number]
                 attacker.fit(lesson, steps=config.inner_steps, rate=rate, moments=moments)
             if config.gradient_point == "after":

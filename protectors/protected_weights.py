@@ -60,8 +60,9 @@ class ProtectedWeights:
         """
         self._guard("gradient", gradient)
         self._guard(", ".join(values), [torch.tensor(list(values.values()))])
-        for weight, part in zip(self.weights, gradient, strict=True):
-            weight.grad = part
+        for name, part in zip(self.names, gradient, strict=True):
+            if name in self._trained:
+                self._trained[name].grad = part
         if self._clip is not None:
             torch.nn.utils.clip_grad_norm_(self._trained.values(), self._clip)
         self._optimizer.step()

@@ -129,6 +129,7 @@ def test_an_update_costs_one_pass_for_each_level(model: DiffusionModel) -> None:
     watched, result = run(model, batch=2)
     assert watched.rows == [2, 2] * SMALL.steps
     assert set(result.facts.curves) == {"personalization", "adaptation"}
+    assert run(model, batch=2, one_pass=True, attackers=("lora",))[0].rows == watched.rows
     kept, result = run(model, batch=2, preservation_weight=1.0, prior_weight=1.0)
     assert kept.rows == [2, 2, 4] * SMALL.steps
     assert set(result.facts.curves) == {"personalization", "adaptation", "prior"}
