@@ -181,6 +181,9 @@ def test_naive_ascends_on_the_subject_and_descends_on_its_class(model: Diffusion
     config = Naive.presets["fast"].replace(steps=1, batch=16, rate=1e-4, class_images=2)
     result = Seen(config, model).protect([concept()], seed=1)
     (sample,) = samples
+    # Images of the subject under its prompt, then as many of the class under theirs.
+    prompts = ["a photo of a sks dog"] * 16 + ["a photo of a dog"] * 16
+    assert torch.equal(sample.embeddings, model.embed_prompts(prompts))
     losses = []
     for of in (model, result.on(model)):
         with torch.no_grad():
