@@ -1,7 +1,8 @@
-"""The protection of a model as a Prefect flow: read the concepts, train, write the folder."""
+"""The protection of models as Prefect flows: read the concepts, train, write the folder."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from prefect import flow, task
@@ -9,10 +10,16 @@ from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
 from flows.progress import observer
+from pipeline.errors import PipelineError
 from pipeline.protect_model.job import ModelJob
 from pipeline.protect_model.plan import PROVENANCE, ModelPlan, plan_model
 from pipeline.protect_model.run import protect_model as run_plan
 from pipeline.storage import get_json
+from protectors.model_files import ModelError
+
+
+class ModelsIncomplete(PipelineError):
+    """Some models could not be made; the others are finished."""
 
 
 @task(name="train", cache_policy=NO_CACHE)
@@ -32,6 +39,21 @@ def train(plan: ModelPlan) -> None:
     run_plan(plan, show, observer().note)
 
 
+@task(name="train-on-ray", cache_policy=NO_CACHE)
+def train_on_ray(plans: Mapping[str, ModelPlan], address: str) -> dict[str, str]:
+    """Trains models side by side; why some failed, by name. Ray retries lost workers, from their checkpoints."""
+    from pipeline.protect_model import ray_train
+
+    seen = dict.fromkeys(plans, 0)
+
+    def show(name: str, done: int, total: int) -> None:
+        observer().advance(max(0, done - seen[name]), name)  # less than before: another worker goes on
+        seen[name] = max(done, seen[name])
+
+    observer().step("protect", sum(plan.updates for plan in plans.values()))
+    return ray_train.train_on_ray({name: plan.job for name, plan in plans.items()}, address, show)
+
+
 @flow(name="protect-model")
 def protect_model(job: ModelJob) -> dict[str, Any]:
     """Protects a model against personalization. Run it again at any time: it goes on at the last checkpoint.
@@ -46,12 +68,45 @@ def protect_model(job: ModelJob) -> dict[str, Any]:
         UserError: The job cannot run as configured.
         PipelineError: The training broke down, or a folder cannot be written.
     """
-    plan = plan_model(job)
-    train(plan)
+    train(plan_model(job))
     document = get_json(job.out_store(), PROVENANCE)
     table = [{"what": name, "value": value} for name, value in summary(document)]
     create_table_artifact(key="protect-model-summary", table=table, description=job.out_name)
     return document
+
+
+@flow(name="protect-models")
+def protect_models(jobs: dict[str, ModelJob], ray_address: str | None = None) -> dict[str, dict[str, Any]]:
+    """Makes several protected models, side by side on Ray, or one after the other on this machine.
+
+    Args:
+        jobs: by name.
+        ray_address: see ``pipeline.protect_model.ray_train``; None: no Ray.
+
+    Returns:
+        The provenance of each.
+
+    Raises:
+        UserError: One of them cannot run as configured; nothing was trained.
+        ModelsIncomplete: Some failed.
+    """
+    plans = {name: plan_model(job, trained_here=ray_address is None) for name, job in jobs.items()}
+    failed: dict[str, str] = {}
+    if ray_address is not None:
+        failed = train_on_ray({name: plan for name, plan in plans.items() if not plan.finished}, ray_address)
+    else:
+        for name, plan in plans.items():
+            try:
+                train(plan)
+            except (PipelineError, ModelError) as error:
+                failed[name] = str(error)
+    documents = {name: get_json(job.out_store(), PROVENANCE) for name, job in jobs.items() if name not in failed}
+    table = [{"model": name, **dict(summary(document))} for name, document in documents.items()]
+    create_table_artifact(key="protect-models-summary", table=table)
+    if failed:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in failed.items())
+        raise ModelsIncomplete(f"{len(failed)} of {len(jobs)} models are not finished: {reasons}")
+    return documents
 
 
 def summary(document: dict[str, Any]) -> list[tuple[str, str]]:

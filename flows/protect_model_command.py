@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Sequence
 from functools import partial
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -68,6 +69,10 @@ def protect_model(
             help='What a concept is, e.g. "dog": once per --concept, in their order. (Default: subject_class.)',
         ),
     ] = None,
+    separate: Annotated[
+        bool,
+        _what("--separate", help="A model for each --concept, in OUT/<subject or folder>; not one for all."),
+    ] = False,
     images: Annotated[
         int | None,
         _what("--images", help="Use at most so many photos of each, the first by name; test with the others.", min=1),
@@ -94,6 +99,13 @@ def protect_model(
     checkpoint_every: Annotated[
         int, _how("--checkpoint-every", help="Updates between checkpoints of three times the UNet.", min=1)
     ] = 10,
+    ray_address: Annotated[
+        str | None,
+        _how(
+            "--ray-address",
+            help="Train each model as a task on Ray: local (started for this run), auto (the one here), or an address.",
+        ),
+    ] = None,
     single_writer: Annotated[
         bool, _how("--single-writer", help="OUT and WORK cannot refuse a second writer; promise that there is none.")
     ] = False,
@@ -104,12 +116,13 @@ def protect_model(
         bool, _how("--dry-run", help="Say what would be done, time two short updates, write nothing.")
     ] = False,
 ) -> None:
-    """Reads the concepts, trains, and writes the folder."""
+    """Reads the concepts, trains, and writes the folder, or a folder for each concept."""
     from pydantic import ValidationError
 
     from pipeline.protect_model.job import ConceptSource, ModelJob
     from pipeline.protect_model.plan import plan_model
     from pipeline.protect_model.run import protect_model as finish
+    from pipeline.protect_model.separate import separated
 
     words = _words(concept, class_word or [])
     sources = [ConceptSource(path=path, class_word=word) for path, word in zip(concept, words, strict=True)]
@@ -132,15 +145,21 @@ def protect_model(
         )
     except ValidationError as error:
         raise UserError("; ".join(f"{item['loc'][0]}: {item['msg']}" for item in error.errors())) from error
-    plan = plan_model(job)  # before a server starts: a typing error should not take ten seconds
-    _show_plan(plan)
-    if plan.finished:
-        if not dry_run:
-            finish(plan)  # removes what a run left that was killed at its very end
-        console.print(f"{job.out_name} is finished already", highlight=False, markup=False)
-    elif dry_run:
-        _show_estimate(plan)
-    else:
+    jobs = separated(job) if separate else {PurePath(job.out_name).name: job}
+    # Before a server starts: a typing error should not take ten seconds.
+    plans = {name: plan_model(one, trained_here=ray_address is None) for name, one in jobs.items()}
+    for plan in plans.values():
+        _show_plan(plan)
+        if plan.finished:
+            console.print(f"{plan.job.out_name} is finished already", highlight=False, markup=False)
+            if not dry_run:
+                finish(plan)  # removes what a run left that was killed at its very end
+    open_plans = [plan for plan in plans.values() if not plan.finished]
+    if dry_run:
+        _show_estimate(open_plans, timed=ray_address is None)
+    elif separate or ray_address is not None:
+        _run_several({name: jobs[name] for name, plan in plans.items() if not plan.finished}, ray_address)
+    elif open_plans:
         _run(job)
 
 
@@ -163,21 +182,25 @@ def _show_plan(plan: ModelPlan) -> None:
         console.print(line, highlight=False, markup=False)
 
 
-def _show_estimate(plan: ModelPlan) -> None:
+def _show_estimate(plans: Sequence[ModelPlan], *, timed: bool) -> None:
     from pipeline.protect_model.run import seconds_for, unet_bytes
 
-    for name, value in plan.config.to_dict().items():
+    if not plans:
+        return
+    for name, value in plans[0].config.to_dict().items():
         console.print(f"  {name}: {json.dumps(value)}", highlight=False, markup=False)
-    size = unet_bytes(plan)
-    console.print(
-        f"UNet: {size / 1e6:.0f} MB in float32; checkpoints in {plan.job.work_name}: {3 * size / 1e6:.0f} MB, twice "
-        "while one is written",
-        highlight=False,
-        markup=False,
-    )
-    with console.status("timing two short updates"):
-        seconds = seconds_for(plan)
-    console.print(f"about {_duration(seconds)} on this {plan.environment['device']}", highlight=False)
+    size = unet_bytes(plans[0]) / 1e6
+    console.print(f"UNet: {size:.0f} MB in float32", highlight=False, markup=False)
+    for plan in plans:
+        console.print(
+            f"checkpoints in {plan.job.work_name}: {3 * size:.0f} MB, twice while one is written",
+            highlight=False,
+            markup=False,
+        )
+    if timed:
+        with console.status("timing two short updates"):
+            seconds = sum(seconds_for(plan) for plan in plans)
+        console.print(f"about {_duration(seconds)} on this {plans[0].environment['device']}", highlight=False)
 
 
 def _duration(seconds: float) -> str:
@@ -198,3 +221,21 @@ def _run(job: ModelJob) -> None:
         table.add_row(*row)
     console.print(table)
     console.print(f"wrote {job.out_name}", highlight=False, markup=False)
+
+
+def _run_several(jobs: dict[str, ModelJob], ray_address: str | None) -> None:
+    if not jobs:
+        return
+    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")  # this command prints errors itself, in one line
+    from flows import protect_model as flow
+    from flows.progress import shown_on
+
+    with shown_on(console):
+        documents = flow.protect_models(jobs, ray_address)
+    table = Table("model", "updates", "relative change", "digest")
+    for name, document in documents.items():
+        facts, digest = document["facts"], document["weights"]["digest"]
+        table.add_row(name, f"{facts['updates']}", f"{facts['drift']:.3g}", digest[:12])
+    console.print(table)
+    for job in jobs.values():
+        console.print(f"wrote {job.out_name}", highlight=False, markup=False)

@@ -10,8 +10,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import os
+import re
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -149,6 +155,31 @@ def test_a_folder_is_written_whole_or_not_at_all(folder: Path, tmp_path: Path, m
     assert contents(out) == contents(folder / "protected")
 
 
+def test_what_a_kill_leaves_is_removed(folder: Path, tmp_path: Path) -> None:
+    """SIGKILL while the folder is written: the next run removes its part, but not that of a run that is alive."""
+    asked = job(folder, tmp_path / "protected", overrides={**QUICK, "steps": 2})
+    script = (
+        "import os, sys; from pipeline.protect_model import folder, job, plan, run\n"
+        "folder.model_card = lambda *_: os.kill(os.getpid(), 9)\n"
+        "run.protect_model(plan.plan_model(job.ModelJob.model_validate_json(sys.argv[1])))"
+    )
+    ended = subprocess.run([sys.executable, "-c", script, asked.model_dump_json()], capture_output=True, check=False)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    names = {path.name for path in tmp_path.iterdir()}
+    (part,) = names - {"protected.training"}
+    assert re.fullmatch(r"\.protected-[0-9a-f]{8}", part)
+    others = [tmp_path / name for name in (".protected-0123456", ".protectedly-01234567", ".protected-89abcdef")]
+    for other in others:
+        other.mkdir()
+    descriptor = os.open(others[-1], os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    seen: list[int] = []
+    protect_model(plan_model(asked), lambda done, total: seen.append(done))
+    os.close(descriptor)
+    assert seen == []
+    assert {path.name for path in tmp_path.iterdir()} == {"protected", *(other.name for other in others)}
+
+
 def _full(*_: Any) -> str:
     raise OSError("No space left on device")
 
@@ -167,7 +198,7 @@ def _full(*_: Any) -> str:
         ({"work": "s3://bucket/out", "out": "s3://bucket/out/rex"}, "--work .* and --out .* overlap"),
         ({"work": "no-such-scheme://folder"}, "cannot open no-such-scheme://folder"),
         ({"out": Path("file")}, "--out .*/file is a file: name a folder"),
-        ({"method": "apmd"}, "no model protector named 'apmd'. Known: apdm, naive"),
+        ({"method": "apmd"}, "no model protector named 'apmd'. Known: apdm, .*naive"),
         ({"preset": "slow"}, "no preset 'slow'; it has paper, fast, strong"),
         ({"overrides": {"stepz": 1}}, "no field 'stepz'"),
         ({"overrides": {"steps": 0}}, "steps=0: use 1 or more"),
