@@ -18,8 +18,9 @@ from pipeline.protect_model.concepts import read_concept, split_source
 from pipeline.protect_model.fetch import Fetched, fetch_model, is_far
 from pipeline.protect_model.job import ConceptSource, ModelJob
 from pipeline.protect_model.positives import Positives, read_positives
-from pipeline.protect_model.work import bound_to, check_bound, is_announced
+from pipeline.protect_model.work import bound_to, check_bound, is_announced, keys_of
 from pipeline.storage import get_json, local_path, public_url, same_or_nested
+from pipeline.storage_local import LocalStore
 from protectors.concepts import Concept, image_digests
 from protectors.model_base import ModelProtector, ModelProtectorConfig
 from protectors.model_files import ModelError, check_folder, model_base_size, model_digest
@@ -131,9 +132,9 @@ def plan_model(job: ModelJob, *, trained_here: bool = True) -> ModelPlan:
 
 def is_finished(job: ModelJob, identity: Mapping[str, Any]) -> bool:
     """Whether OUT holds this very model, whole; UserError where it holds anything else but a part of it."""
-    keys = {item.key for item in job.out_store().list()}
+    keys = keys_of(job.out_store())
     if PROVENANCE not in keys:
-        if keys and not is_announced(job):
+        if not _is_empty(job) and not is_announced(job):
             raise UserError(f"--out {job.out_name} is neither empty nor a folder of this command: choose another")
         return False
     made = get_json(job.out_store(), PROVENANCE)
@@ -143,6 +144,13 @@ def is_finished(job: ModelJob, identity: Mapping[str, Any]) -> bool:
     if missing := sorted(set(made.get("files", ())) - keys):
         raise UserError(f"{job.out_name} holds this model, but {missing[0]} is gone: remove it and run again")
     return True
+
+
+def _is_empty(job: ModelJob) -> bool:
+    store = job.out_store()
+    if isinstance(store, LocalStore):  # empty folders and hidden files would be in the way too
+        return not store.root.exists() or not any(store.root.iterdir())
+    return not keys_of(store)
 
 
 def _model(job: ModelJob) -> tuple[Path, Fetched | None]:

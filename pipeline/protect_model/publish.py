@@ -18,7 +18,7 @@ from pipeline.errors import AlreadyExists, IntegrityError, PipelineError, UserEr
 from pipeline.protect_model.fetch import Fetched
 from pipeline.protect_model.folder import write_folder
 from pipeline.protect_model.plan import PROVENANCE, ModelPlan
-from pipeline.protect_model.work import Work
+from pipeline.protect_model.work import Work, keys_of
 from pipeline.storage import Store, in_parallel, stored_sha256
 from pipeline.storage_local import LocalStore
 from protectors.diffusion import DiffusionModel
@@ -89,7 +89,7 @@ def _locked(folder: Path) -> Iterator[None]:
 def _upload(store: Store, folder: Path, work: Work) -> None:
     names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
     work.announce()
-    if others := sorted({item.key for item in store.list()} - set(names)):
+    if others := sorted(keys_of(store) - set(names)):
         raise UserError(f"--out {work.job.out_name} holds {others[0]}, which is no part of this model: choose another")
 
     def put(name: str) -> None:

@@ -15,7 +15,7 @@ from pipeline.ids import differing_fields
 from pipeline.protect_model.fetch import Fetched, download
 from pipeline.protect_model.job import ModelJob
 from pipeline.protect_model.lock import LOCK, OWNER, Lease, Say, locked
-from pipeline.storage import get_json, join_url, json_bytes
+from pipeline.storage import Store, get_json, join_url, json_bytes
 from pipeline.storage_local import LocalStore
 
 # What a run is bound to; the mark that it has begun to fill OUT; what a far folder's last checkpoint is.
@@ -23,6 +23,7 @@ RUN = "run.json"
 PUBLISHING = "publishing.json"
 POINTER = "checkpoint.json"
 _CHECKPOINT = "checkpoint"
+_TRIED = "plans/.selftest-"
 _STATE = "state.json"
 
 
@@ -142,6 +143,11 @@ def opened(job: ModelJob, say: Say) -> Iterator[Work]:
             yield MirroredWork(job, lease)
 
 
+def keys_of(store: Store) -> set[str]:
+    """Of all objects but what a run left that was killed while it tried the store out."""
+    return {item.key for item in store.list() if not item.key.startswith(_TRIED)}
+
+
 def is_announced(job: ModelJob) -> bool:
     """Whether a run with this work folder has begun to fill OUT."""
     try:
@@ -158,7 +164,7 @@ def is_left(job: ModelJob) -> bool:
 def bound_to(job: ModelJob) -> dict[str, Any] | None:
     """What the folder's run is bound to; None: nothing is there. Raises UserError where something else is."""
     store = job.work_store()
-    keys = {item.key for item in store.list()} - {LOCK, OWNER}
+    keys = keys_of(store) - {LOCK, OWNER}
     if not keys:
         return None
     if RUN not in keys:

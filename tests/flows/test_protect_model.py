@@ -94,6 +94,23 @@ def test_a_run_and_the_same_again(folder: Path, tmp_path: Path) -> None:
     assert (other.code, "(seed: 0 -> 1)" in other.error) == (2, True)
 
 
+@pytest.mark.usefixtures("prefect_server")
+def test_a_model_for_each(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    concepts = ["--concept", f"{folder}/subjects.parquet#rex", "--concept", f"{folder}/subjects.parquet#mia"]
+    bad = protect(folder, out, *concepts, "--separate", "--set", "rate=1e30")
+    assert bad.code == 1
+    assert "2 of 2 models are not finished: rex: update 1: " in bad.error
+    assert "; mia: update 1: " in bad.error
+    again = protect(folder, out, *concepts, "--separate", "--work", tmp_path / "work")
+    assert (again.code, again.err) == (0, ""), again
+    assert again.out.count("protect: 2/2") == 2
+    assert {path.name for path in out.iterdir()} == {"rex", "mia", "rex.training", "mia.training"}
+    for more in ([], ["--dry-run"]):
+        finished = protect(folder, out, *concepts, "--separate", "--work", tmp_path / "work", *more)
+        assert (finished.code, finished.out.count("is finished already")) == (0, 2), finished
+
+
 def test_help_teaches() -> None:
     text = " ".join(fixative("protect-model", "--help").out.split())
     for words in ("Whoever has the original weights is not hindered", "Example: fixative protect-model", "--dry-run"):

@@ -102,6 +102,21 @@ def test_side_by_side_and_after_a_death(folder: Path, tmp_path: Path, monkeypatc
 
 
 @pytest.mark.usefixtures("ray_cluster")
+def test_an_interrupted_run_gives_its_folders_back(folder: Path, tmp_path: Path) -> None:
+    from pipeline.protect_model import ray_train
+
+    def interrupt(name: str, done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    rex = several(folder, tmp_path / "out", overrides={**QUICK, "steps": 100_000})["rex"]
+    with pytest.raises(KeyboardInterrupt):
+        ray_train.train_on_ray({"rex": rex}, "auto", interrupt)
+    left = contents(Path(rex.work_url))
+    assert "run.json" in left
+    assert "lock" not in left, "the task was told, and took its lock away"
+
+
+@pytest.mark.usefixtures("ray_cluster")
 def test_a_gpu_is_asked_for(folder: Path, tmp_path: Path) -> None:
     from pipeline.protect_model.ray_train import train_on_ray
 

@@ -85,6 +85,9 @@ def stop_after(updates: int, seen: list[int]) -> Callable[[int, int], None]:
 
 def test_from_bucket_to_bucket(folder: Path, far: Callable[..., ModelJob], s3_proxy: S3Proxy) -> None:
     asked = far()
+    for store in (asked.out_store(), asked.work_store()):  # of a run that was killed at its first write
+        store.put_new("plans/.selftest-0", b"first")
+    s3_proxy.seen.clear()
     plan = plan_model(asked)
     assert not written(s3_proxy)
     fetched = contents(plan.folder)
@@ -93,6 +96,8 @@ def test_from_bucket_to_bucket(folder: Path, far: Callable[..., ModelJob], s3_pr
     assert plan_model(asked).folder == plan.folder
     assert not [line for line in s3_proxy.seen if "safetensors" in line], "it is not fetched twice"
     protect_model(plan)
+    for store in (asked.out_store(), asked.work_store()):
+        store.delete("plans/.selftest-0")
     assert stored(asked.out_store()) == contents(folder / "protected")
     assert stored(asked.work_store()) == {}
     made = [name for name in written(s3_proxy) if name.startswith("rex/") and ".selftest" not in name]

@@ -197,9 +197,10 @@ def _full(*_: Any) -> str:
         ({"out": "s3://key:secret@bucket/out"}, "s3://bucket/out was given with credentials in the URL"),
         ({"work": "s3://bucket/out", "out": "s3://bucket/out/rex"}, "--work .* and --out .* overlap"),
         ({"work": "no-such-scheme://folder"}, "cannot open no-such-scheme://folder"),
+        ({"out": Path("folders")}, "neither empty nor a folder of this command"),
         ({"out": Path("file")}, "--out .*/file is a file: name a folder"),
         ({"method": "apmd"}, "no model protector named 'apmd'. Known: apdm, .*naive"),
-        ({"preset": "slow"}, "no preset 'slow'; it has paper, fast, strong"),
+        ({"preset": "slow"}, "no preset 'slow'; it has paper, fast, .*strong"),
         ({"overrides": {"stepz": 1}}, "no field 'stepz'"),
         ({"overrides": {"steps": 0}}, "steps=0: use 1 or more"),
         ({"device": "gpu"}, "--device gpu: use cpu or cuda"),
@@ -208,6 +209,7 @@ def _full(*_: Any) -> str:
 def test_refused(changes: dict[str, Any], words: str, folder: Path, tmp_path: Path) -> None:
     (tmp_path / "taken").mkdir()
     (tmp_path / "file").write_text("no folder")
+    (tmp_path / "folders" / "empty").mkdir(parents=True)
     (tmp_path / "taken" / "thesis.tex").write_text("years of work")
     for name in ("photos", "model"):
         (tmp_path / name).symlink_to(folder / name)
