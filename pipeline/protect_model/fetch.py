@@ -19,11 +19,14 @@ _NEAR = ("file", "local")
 
 
 class Fetched:
-    """A temporary folder that goes when nobody holds this object any more, at the latest when the process ends."""
+    """A temporary folder that goes when nobody holds this object any more, at the latest when the process ends.
+
+    ``drop()`` removes it at once: for processes that Ray may kill.
+    """
 
     def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="fixative-"))
-        weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
+        self.drop = weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
 
 
 # By URL and the versions of all files: planning a job a second time fetches nothing.
@@ -50,7 +53,7 @@ def fetch_model(store: Store) -> Fetched:
     wanted = [item for key, item in items.items() if _is_wanted(key, parts)]
     name = (store.url, *((item.key, item.etag) for item in wanted))
     found = _models.get(name)
-    if found is None:
+    if found is None or not found.drop.alive:
         found = Fetched()
         in_parallel(partial(_into, store, found.folder), wanted)
         _models[name] = found

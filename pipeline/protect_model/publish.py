@@ -44,8 +44,11 @@ def publish(plan: ModelPlan, protected: ProtectedModel, model: DiffusionModel, w
                 part.replace(store.root)
         else:
             whole = Fetched()
-            write_folder(whole.folder, plan, protected, model)
-            _upload(store, whole.folder, work)
+            try:
+                write_folder(whole.folder, plan, protected, model)
+                _upload(store, whole.folder, work)
+            finally:
+                whole.drop()
     except (OSError, SafetensorError) as error:
         raise PipelineError(
             f"{plan.job.out_name} cannot be written: {error}; the checkpoints stay, run it again"

@@ -90,7 +90,12 @@ def _train(name: str, job: ModelJob, board: Any) -> str | None:
         # Sums are rounded by thread count: a fixed number keeps weights equal on every machine of a kind.
         torch.set_num_threads(1)
     try:
-        protect_model(plan_model(job), lambda done, total: board.pin.remote((name, done, total)))
+        plan = plan_model(job)
+        try:
+            protect_model(plan, lambda done, total: board.pin.remote((name, done, total)))
+        finally:
+            if plan.fetched is not None:
+                plan.fetched.drop()
     except (PipelineError, ModelError) as error:
         return str(error)
     return None

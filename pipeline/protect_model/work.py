@@ -71,8 +71,8 @@ class MirroredWork(Work):
     """
 
     def __init__(self, job: ModelJob, lease: Lease) -> None:
-        self._mirror = Fetched()
-        super().__init__(job, self._mirror.folder / _CHECKPOINT)
+        self.mirror = Fetched()
+        super().__init__(job, self.mirror.folder / _CHECKPOINT)
         self._lease, self._where = lease, job.work_name
         self._kept = ""
         self._etag: str | None = None
@@ -140,7 +140,11 @@ def opened(job: ModelJob, say: Say) -> Iterator[Work]:
                 (store.root / _CHECKPOINT).rmdir()
     else:
         with Lease(store, job.work_name).held(say) as lease:
-            yield MirroredWork(job, lease)
+            work = MirroredWork(job, lease)
+            try:
+                yield work
+            finally:
+                work.mirror.drop()
 
 
 def keys_of(store: Store) -> set[str]:

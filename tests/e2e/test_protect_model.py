@@ -71,7 +71,8 @@ def test_killed_and_gone_on(
     arguments = command(source, s3_server, out, STEPS, "--concept", f"{source}/photos", "--class-word", "dog")
     made, work = (open_store(url, s3_server.options) for url in (out, f"{out}.training"))
     secret = {"AWS_SECRET_ACCESS_KEY": SECRET, "OMP_NUM_THREADS": "1"}
-    with running(*arguments, home=prefect_home, environment=secret) as first:
+    # What it has downloaded stays where it is killed.
+    with running(*arguments, home=prefect_home, environment={**secret, "TMPDIR": str(tmp_path)}) as first:
         until(lambda: "checkpoint.json" in contents(work) or first.process.poll() is not None, "a checkpoint", 150)
         assert first.process.poll() is None, first.wait(1)
         first.kill()
