@@ -380,6 +380,16 @@ def test_sets_of_one_kind_are_near_and_of_two_kinds_apart(distance: object) -> N
 
 
 @pytest.mark.parametrize("distance", [kid, cmmd])
+def test_pairs_in_equal_order_look_no_nearer_than_their_sets(distance: object) -> None:
+    assert callable(distance)
+    photos = [directions(200, 0, seed=seed) for seed in range(12)]
+    edits = [F.normalize(side + 0.05 * directions(200, 0, seed=9), dim=1) for side in photos]
+    found = [distance(left, right, seed=seed) for seed, (left, right) in enumerate(zip(photos, edits, strict=True))]
+    # Pairs are no independent sets, which leaves a little; in blocks of pairs it is a hundred standard errors and more.
+    assert min(each.value / each.standard_error for each in found) > -10
+
+
+@pytest.mark.parametrize("distance", [kid, cmmd])
 def test_small_sets_are_refused(distance: object) -> None:
     assert callable(distance)
     with pytest.raises(ValueError, match="at least 100"):

@@ -77,7 +77,10 @@ def _over_blocks(
         raise ValueError(f"{len(left)} and {len(right)} images: {name} needs at least {FEWEST} on each side")
     size = min(len(left), len(right)) // _BLOCKS
     # Disjoint blocks are independent, so their spread is an honest standard error; overlapping subsets are not.
-    generators = streams([seed, seed], f"metrics/{name}")
+    # An order of its own for either side: pairs that met in one block (a photo and its edit) would look more alike
+    # than their sets are.
+    sides = ("left", "right")
+    generators = [generator for side in sides for generator in streams([seed], f"metrics/{name}/{side}")]
     orders = [torch.randperm(len(side), generator=g) for side, g in zip((left, right), generators, strict=True)]
     # Kernels of unit vectors are nearly equal; float32 would lose the difference.
     shuffled = [side[order].double() for side, order in zip((left, right), orders, strict=True)]
