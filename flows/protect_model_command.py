@@ -78,7 +78,7 @@ def protect_model(
         _what("--images", help="Use at most so many photos of each, the first by name; test with the others.", min=1),
     ] = None,
     method: Annotated[
-        str, _method("--method", help="apdm, or naive: the paper's negative control, which ruins the model.")
+        str, _method("--method", help="apdm; imma, to compare with; naive, APDM's negative control.")
     ] = "apdm",
     preset: Annotated[
         str | None, _method("--preset", help="paper, fast or strong. (Default: fast on nano-sd, else paper.)")
