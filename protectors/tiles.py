@@ -106,3 +106,10 @@ def _mirror(length: int, total: int, device: torch.device) -> Tensor:
     period = max(1, 2 * (length - 1))
     place = torch.arange(total, device=device) % period
     return torch.minimum(place, period - place) if length > 1 else place
+
+
+def mirrored_border(images: Tensor, width: int) -> Tensor:
+    """Mirrors `(..., H, W)` at all four borders by `width` pixels, however small the image is."""
+    height, wide = images.shape[-2:]
+    right = pad_reflect(images, height + width, wide + width)
+    return pad_reflect(right.flip(-2, -1), height + 2 * width, wide + 2 * width).flip(-2, -1)

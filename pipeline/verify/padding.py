@@ -11,10 +11,3 @@ def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:
     """Mirrors `(..., H, W)` at the right and lower border until both sides are multiples of a number."""
     height, width = (-(-side // multiple) * multiple for side in images.shape[-2:])
     return pad_reflect(images, height, width)
-
-
-def mirrored_border(images: Tensor, width: int) -> Tensor:
-    """Mirrors `(..., H, W)` at all four borders by `width` pixels, however small the image is."""
-    height, wide = images.shape[-2:]
-    right = pad_reflect(images, height + width, wide + width)
-    return pad_reflect(right.flip(-2, -1), height + 2 * width, wide + 2 * width).flip(-2, -1)

@@ -1,4 +1,4 @@
-"""The method of our own: its loss, which steps pass the VAE, and where the change goes."""
+"""The method of our own: its loss, how the steps see the image, and where the change goes."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from protectors.bilateral import bilateral
 from protectors.diffusion import DiffusionModel, load_model
-from protectors.fixative import Fixative, FixativeConfig, round_trip, visibility
+from protectors.fixative import Fixative, FixativeConfig, View, round_trip, visibility
 from tests.protectors.tiny import save_tiny_model
 
 PLAIN = {"chance": 0.0, "steps": 5, "eval_draws": 4}
@@ -46,13 +47,31 @@ def test_without_transforms_the_objective_is_the_distance_of_scaled_mean_latents
             return (model.vae.decode(model.vae.encode(pictures * 2 - 1).latent_dist.mean).sample / 2 + 0.5).clamp(0, 1)
 
     apart = [(latents(picture) - latents(originals)).square().mean((1, 2, 3)) for picture in (images, returned(images))]
-    ours = protector(model).objective(images, originals=originals, seeds=[1, 2])
+    views: tuple[View, ...] = ("vae", "transforms")
+    ours = protector(model, views=views).objective(images, originals=originals, seeds=[1, 2])
     torch.testing.assert_close(ours.double(), (apart[0] + apart[1]) / 2, rtol=1e-4, atol=1e-8)
+    smooth = bilateral(bilateral(images * 255, 5, 20.0, 8.0), 5, 20.0, 8.0) / 255
+    settings: dict[str, Any] = {"views": ("smoothing",), "smooth_rounds": 2, "smooth_levels": 20.0}
+    ours = protector(model, **settings).objective(images, originals=originals, seeds=[1, 2])
+    expected = (latents(smooth) - latents(originals)).square().mean((1, 2, 3))
+    torch.testing.assert_close(ours.double(), expected, rtol=1e-4, atol=1e-8)
 
 
-@pytest.mark.parametrize(("every", "of_five_steps", "of_four_draws"), [(1, 5, 4), (2, 3, 2), (3, 2, 2)])
-def test_one_step_of_so_many_passes_the_vae(
-    model: DiffusionModel, monkeypatch: pytest.MonkeyPatch, every: int, of_five_steps: int, of_four_draws: int
+@pytest.mark.parametrize(
+    ("views", "of_five_steps", "of_four_draws"),
+    [
+        (("vae",), 5, 4),
+        (("vae", "transforms"), 3, 2),
+        (("vae", "transforms", "smoothing"), 2, 2),
+        (("smoothing",), 0, 0),
+    ],
+)
+def test_views_take_turns(
+    model: DiffusionModel,
+    monkeypatch: pytest.MonkeyPatch,
+    views: tuple[View, ...],
+    of_five_steps: int,
+    of_four_draws: int,
 ) -> None:
     passed: list[int] = []
 
@@ -61,7 +80,7 @@ def test_one_step_of_so_many_passes_the_vae(
         return round_trip(model, images)
 
     monkeypatch.setattr("protectors.fixative.round_trip", counted)
-    protector(model, purify_every=every).protect(picture(), seeds=[1])
+    protector(model, views=views).protect(picture(), seeds=[1])
     assert len(passed) == of_five_steps + 2 * of_four_draws  # the objective is taken before and after
 
 
@@ -91,7 +110,14 @@ def test_flat_areas_get_their_share_of_the_budget(model: DiffusionModel) -> None
 
 @pytest.mark.parametrize(
     "settings",
-    [{"purify_every": 0}, {"flat_share": 0.0}, {"jpeg_low": 0}, {"resize_low": 0.01}],
+    [
+        {"views": ()},
+        {"smooth_rounds": 0},
+        {"smooth_levels": 0.0},
+        {"flat_share": 0.0},
+        {"jpeg_low": 0},
+        {"resize_low": 0.01},
+    ],
 )
 def test_values_that_cannot_work_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="|".join(settings)):

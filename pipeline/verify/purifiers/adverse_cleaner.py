@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,8 +9,8 @@ import torch
 from torch import Tensor
 
 from pipeline.verify.attack_models import AttackModels
-from pipeline.verify.padding import mirrored_border
 from pipeline.verify.purifiers.base import Purifier
+from protectors.bilateral import bilateral
 from protectors.tiles import pad_reflect
 
 
@@ -50,33 +49,3 @@ class AdverseCleaner(Purifier):
         for _ in range(self.guided_rounds):
             current = guided_blur(guide, current, 2 * self.radius + 1, self.epsilon, separable=True)
         return current[..., :height, :width].clamp(0, 255)
-
-
-def bilateral(images: Tensor, diameter: int, sigma_colour: float, sigma_space: float) -> Tensor:
-    """The mean over a round window, weighted by nearness in place and colour (Tomasi and Manduchi 1998).
-
-    Colour distance is the sum of the channels' absolute differences and the window is round, as in OpenCV, for whose
-    filter the parameters were published; kornia's is square, and its corners would double the window.
-
-    Args:
-        images: `(B, C, H, W)` on the scale of `sigma_colour`; mirrored at the border.
-        diameter: of the window, in pixels, odd.
-        sigma_colour: standard deviation of the colour distance.
-        sigma_space: standard deviation of the distance in pixels.
-    """
-    height, width = images.shape[-2:]
-    radius = diameter // 2
-    padded = mirrored_border(images, radius)
-    total, weights = images.clone(), torch.ones_like(images[:, :1])  # the middle pixel has weight 1
-    for down in range(-radius, radius + 1):
-        for right in range(-radius, radius + 1):
-            distance = math.hypot(down, right)
-            if not 0 < distance <= radius:
-                continue
-            top, left = radius + down, radius + right
-            shifted = padded[..., top : top + height, left : left + width]
-            colour = (shifted - images).abs().sum(1, keepdim=True)
-            weight = torch.exp(-0.5 * ((colour / sigma_colour).square() + (distance / sigma_space) ** 2))
-            total += weight * shifted
-            weights += weight
-    return total / weights

@@ -16,9 +16,9 @@ from PIL import Image, ImageFilter
 from torch import Tensor
 
 from pipeline.verify.attack_models import AttackModels
-from pipeline.verify.padding import mirrored_border
 from pipeline.verify.purifiers.base import Purifier
 from protectors.randomness import normal
+from protectors.tiles import mirrored_border
 
 
 class Resampling(StrEnum):

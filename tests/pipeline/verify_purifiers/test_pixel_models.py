@@ -16,13 +16,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pipeline.verify.attack_models import AttackModels, ModelKind
-from pipeline.verify.padding import mirrored_border
 from pipeline.verify.purifiers import diffpure, gridpure
 from pipeline.verify.purifiers.ddpm import diffuse_and_denoise
 from pipeline.verify.purifiers.diffpure import DiffPure, ResizeOnly
 from pipeline.verify.purifiers.gridpure import GrIDPure
 from protectors.randomness import streams
-from protectors.tiles import coverage, cut, join, pad_reflect, tile_pieces
+from protectors.tiles import coverage, cut, join, mirrored_border, pad_reflect, tile_pieces
 from tests.pipeline.verify_purifiers.models import TILE, save_pixel_model
 
 
