@@ -182,7 +182,8 @@ def _line(found: RowResult) -> list[str]:
 
 def _count(found: RowResult) -> str:
     subjects = len({case.case.subject.name for case in found.cases})
-    return f"{subjects} subject{'' if subjects == 1 else 's'}, {found.images} images"
+    lost = f", {len(found.errors)} failed" if found.errors else ""
+    return f"{subjects} subject{'' if subjects == 1 else 's'}, {found.images} images{lost}"
 
 
 def utility_lines(found: Findings) -> list[list[str]]:
@@ -213,7 +214,7 @@ def difference_lines(found: Findings) -> list[list[str]]:
 
 
 def verdicts(found: Findings) -> list[str]:
-    """One sentence per bar that is not met, or cannot be judged."""
+    """One sentence per bar that is not met, or cannot be judged, or was judged without what failed."""
     said = []
     for row in found.rows:
         where = f"{row.label}: {row.row.title}"
@@ -221,10 +222,14 @@ def verdicts(found: Findings) -> list[str]:
             said.append(f"{where}: {row.what} {written(row.share)}, the bar is {row.bar:g}{_above(row)}")
         elif row.state is not State.MEASURED:
             said.append(f"{where}: not judged: {row.reason}")
+        if row.errors and row.cases:
+            said.append(f"{where}: without what failed: {'; '.join(row.errors)}")
     for item in found.utility:
         if item.loss is not None and not item.loss.met:
             ratio = written(item.loss.ratio, digits=3)
             said.append(f"{item.label}: held-out denoising loss is {ratio} times the base's, the bar is {LOSS_BAR:g}")
+        if item.errors:
+            said.append(f"{item.label}: costs without what failed: {'; '.join(item.errors)}")
     return said
 
 
@@ -240,8 +245,9 @@ def notes(found: Findings) -> list[str]:
     said += [f"intervals (95 %, bootstrap) over {unit}" for unit in units]
     if any(row.unit.startswith("pictures") for row in found.rows):
         said.append("an interval over pictures of one training says nothing of another training or another subject")
-    elif any(row.units < FEW_UNITS for row in found.rows):
-        said.append(f"with fewer than {FEW_UNITS} concepts nothing is claimed of others")
+    if any(row.units < FEW_UNITS for row in found.rows if row.unit and not row.unit.startswith("pictures")):
+        said.append(f"of fewer than {FEW_UNITS} concepts, models or subjects nothing is claimed for further ones")
+    said += _notes_on_others(found)
     for model in plan.protected:
         for concept in model.concepts:
             sizes = f"{len(concept.seen)} seen, {len(concept.unseen)} unseen photos of {concept.subject.name}"
@@ -255,6 +261,23 @@ def notes(found: Findings) -> list[str]:
         )
         if any(item.drawn is not None and item.drawn.kid is None for item in found.utility):
             said.append("no KID: it needs --draws 2 or more")
+    return said
+
+
+def _notes_on_others(found: Findings) -> list[str]:
+    """What rows of other subjects share between models, and for which models there are none."""
+    said = []
+    for row in (row for row in found.rows if row.row.kind is not Kind.CONCEPT and row.cases):
+        where = f"{row.label}: {row.row.title}"
+        tried = [case for case in found.plan.cases if case.row is row.row and case.protected.label == row.label]
+        own = [model for model in found.plan.protected if model.label == row.label]
+        models = {case.protected.model.digest: case.protected for case in tried}
+        if lacking := [concept.subject.name for model in own if model.model.digest not in models
+                       for concept in model.concepts]:  # fmt: skip
+            said.append(f"{where}: --photos has no such subject for the model of {', '.join(lacking)}")
+        pairs = {(case.protected.model.digest, case.subject.name) for case in tried}
+        if len(pairs) > len({name for _, name in pairs}):
+            said.append(f"{where}: several models were taught the same subjects: nothing is claimed for further ones")
     return said
 
 

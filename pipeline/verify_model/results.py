@@ -26,7 +26,7 @@ PREVENTED_BAR = 0.5
 KEPT_BAR = 0.8
 """... and of what others can be taught that must be left."""
 NO_GAIN = "the attack measures nothing: on the base itself it gains nothing that is surely above zero"
-_PICTURES, _CONCEPTS = "pictures of one training each", "concepts"
+_PICTURES, _CONCEPTS, _MODELS, _OTHERS = "pictures of one training each", "concepts", "models", "other subjects"
 _COLUMNS = ("base", "protected", "floor", "own_floor")
 
 
@@ -150,9 +150,14 @@ def gather(
 
 
 def _row(plan: VerificationPlan, results: Results, failed: Mapping[str, str], row: Row, label: str) -> RowResult:
-    cases = [case for case in plan.cases if case.row is row and case.protected.label == label]
-    errors = [f"{case.subject.name}: {failed[task.key]}" for case in cases for task in case.tasks if task.key in failed]
-    sound = [case for case in cases if not any(task.key in failed for task in case.tasks)]
+    cases: dict[str, Case] = {}
+    for case in plan.cases:
+        if case.row is row and case.protected.label == label:
+            # Several concepts of one model have the same other subjects: what was trained once counts once.
+            cases.setdefault(case.attacked.key, case)
+    tasks = {task.key: task for case in cases.values() for task in case.tasks}
+    errors = [f"{task.label}: {failed[key]}" for key, task in tasks.items() if key in failed]
+    sound = [case for case in cases.values() if not any(task.key in failed for task in case.tasks)]
     return summarize(row, label, [_read(results, case) for case in sound], errors)
 
 
@@ -179,8 +184,8 @@ def summarize(row: Row, label: str, cases: Sequence[CaseResult], errors: Sequenc
     if not cases:
         state, reason = (State.ERROR, "; ".join(errors)) if errors else (State.NOT_RUN, "there is no such subject")
         return RowResult(row=row, label=label, state=state, reason=reason, errors=errors)
-    units = by_concept(cases)
-    figures, unit, count = intervals(list(units.values()), _shares, alone=_PICTURES, several=_CONCEPTS)
+    units, several = _by_unit(cases)
+    figures, unit, count = intervals(list(units.values()), _shares, alone=_PICTURES, several=several)
     gain, kept = figures["gain"], row.kind is not Kind.CONCEPT
     measured = gain.low is not None and gain.low > 0
     means = np.mean([values.mean(axis=0) for values in units.values()], axis=0)
@@ -200,12 +205,21 @@ def summarize(row: Row, label: str, cases: Sequence[CaseResult], errors: Sequenc
     )
 
 
-def by_concept(cases: Sequence[CaseResult]) -> dict[str, Floats]:
-    """Values by the subject that the model was protected on: images of all others that were tried go together."""
+def _by_unit(cases: Sequence[CaseResult]) -> tuple[dict[str, Floats], str]:
+    """Values by what a resample draws, and what that is: one training of the protected model is in one unit alone.
+
+    That is the protected subject; where others are taught, the model, and with one model the subject that is taught.
+    """
+    if cases[0].case.row.kind is Kind.CONCEPT:
+        names, what = [case.case.concept.subject.name for case in cases], _CONCEPTS
+    elif len(set(models := [case.case.protected.model.digest for case in cases])) > 1:
+        names, what = models, _MODELS
+    else:
+        names, what = [case.case.subject.name for case in cases], _OTHERS
     found: dict[str, list[Floats]] = {}
-    for case in cases:
-        found.setdefault(case.case.concept.subject.name, []).append(case.values)
-    return {name: np.concatenate(values) for name, values in found.items()}
+    for name, case in zip(names, cases, strict=True):
+        found.setdefault(name, []).append(case.values)
+    return {name: np.concatenate(values) for name, values in found.items()}, what
 
 
 def _shares(values: Floats) -> dict[str, Floats]:
@@ -224,7 +238,7 @@ def difference(found: RowResult, held: RowResult) -> Difference:
     empty = Difference(row=found.row, label=found.label, against=held.label, interval=None)
     if any(one.state is not State.MEASURED for one in (found, held)):
         return replace(empty, reason="one of the two has no number")
-    ours, theirs = by_concept(found.cases), by_concept(held.cases)
+    (ours, several), (theirs, _) = _by_unit(found.cases), _by_unit(held.cases)
     shared = [name for name in ours if name in theirs]
     if not shared:
         return replace(empty, reason="no subject was measured for both")
@@ -236,5 +250,5 @@ def difference(found: RowResult, held: RowResult) -> Difference:
         return {"difference": left - right}
 
     units = [np.concatenate([ours[name], theirs[name]], axis=1) for name in shared]
-    figures, unit, count = intervals(units, statistic, alone=_PICTURES, several=_CONCEPTS)
+    figures, unit, count = intervals(units, statistic, alone=_PICTURES, several=several)
     return replace(empty, interval=figures["difference"], unit=unit, units=count)

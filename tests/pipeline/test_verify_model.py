@@ -22,6 +22,7 @@ from PIL import Image
 
 from pipeline.errors import FatalWorkerError, UserError
 from pipeline.verify.customizers.dreambooth import DreamBooth
+from pipeline.verify.scores import Cell, Score
 from pipeline.verify.tables import State
 from pipeline.verify_model import report
 from pipeline.verify_model.files import write_files
@@ -320,16 +321,20 @@ def test_a_failed_trial_is_told_and_run_again(
     }
     found = gather(plan, other, failed)
     concept, same, _ = found.rows
-    assert (concept.state, concept.share, concept.errors) == (State.ERROR, None, ["rex: ValueError: no such shape"])
+    told = f"dreambooth of rex, model {plan.protected[0].model.digest[:8]}: ValueError: no such shape"
+    assert (concept.state, concept.share, concept.errors) == (State.ERROR, None, [told])
     assert same.state is not State.ERROR
     assert found.utility[0].loss is None
     assert len(found.failed_trials) == 2
-    assert "not judged: rex: ValueError: no such shape" in "\n".join(report.verdicts(found))
+    verdicts = "\n".join(report.verdicts(found))
+    assert f"not judged: {told}" in verdicts
+    assert "costs without what failed: " in verdicts
+    assert "ValueError: no photo" in verdicts
     assert "no such shape" in report.markdown(found)
     assert write_files(found, other)  # what is missing in the sheet is left blank
-    told = Told()
-    assert run_verification(plan, other, told, workers=1) == {}
-    assert told.steps == [("attack", 17, 15)]
+    again = Told()
+    assert run_verification(plan, other, again, workers=1) == {}
+    assert again.steps == [("attack", 17, 15)]
     assert gather(plan, other, {}).rows[0].cases[0].means == gather(plan, results, {}).rows[0].cases[0].means
 
 
@@ -398,6 +403,58 @@ def test_with_several_concepts_the_concept_is_the_unit(folder: Path) -> None:
     assert (found.interval.value, found.units) == (pytest.approx(0.75), 5)
     none = difference(both, summarize(plan.rows[0], "b", [case_of(plan, 0, "b", 0.4, 0.4)]))
     assert (none.interval, none.reason) == (None, "one of the two has no number")
+
+
+class Scored:
+    """Stands for results: five pictures per trial, whose similarities follow from the trial's name."""
+
+    def __init__(self, plan: VerificationPlan) -> None:
+        self._tasks = {task.key: task for task in plan.tasks() if isinstance(task, Customization)}
+
+    def scores(self, key: str) -> list[Score]:
+        task, random = self._tasks[key], np.random.default_rng(int(key[:8], 16))
+        cell, height = (Cell.FLOOR, 0.2) if task.floor else (Cell.CLEAN, 0.7)
+        values = [(one, number, height) for one in (cell, Cell.CEILING) for number in range(5)]
+        return [
+            Score(attack="dreambooth", metric="likeness", unit=task.subject, cell=one, image=str(number),
+                  value=float(mean + 0.05 * random.normal()))
+            for one, number, mean in values
+        ]  # fmt: skip
+
+
+def test_others_of_one_model_count_once_and_are_the_units(folder: Path) -> None:
+    """Both concepts of a model have the same other subjects, whose trainings are the same trials."""
+    both = protected(folder, "joint", ["rex", "ace"])
+    plan = plan_verification(settings(folder, both, others=2, drawn=0))
+    concept, same, other = gather(plan, Scored(plan), {}).rows  # type: ignore[arg-type]
+    assert (concept.unit, concept.units) == ("concepts, and pictures of one training each in them", 2)
+    assert [case.case.subject.name for case in same.cases] == ["ned"]
+    assert (same.unit, same.units, same.images) == ("pictures of one training each", 5, 5)
+    assert [case.case.subject.name for case in other.cases] == ["cup", "zoe"]
+    assert (other.unit, other.units) == ("other subjects, and pictures of one training each in them", 2)
+    assert other.images == 10
+
+
+def test_several_models_are_the_units_of_what_is_kept(folder: Path) -> None:
+    plan = plan_verification(settings(folder, f"a={folder / 'other'}", f"a={folder / 'cat'}", others=2, drawn=0))
+    found = gather(plan, Scored(plan), {})  # type: ignore[arg-type]
+    _, same, other = found.rows
+    assert (other.unit, other.units) == ("models, and pictures of one training each in them", 2)
+    assert [len(row.cases) for row in (same, other)] == [2, 4]
+    notes = "\n".join(report.notes(found))
+    # There is one cat; both models were taught the cup.
+    assert "others of its class, sks: --photos has no such subject for the model of zoe" in notes
+    assert "others of other classes, sks: several models were taught the same subjects" in notes
+    assert "others of its class, sks: several models" not in notes
+
+
+def test_a_row_tells_what_it_was_judged_without(folder: Path) -> None:
+    plan = plan_verification(settings(folder, f"a={folder / 'other'}", f"a={folder / 'cat'}", drawn=0))
+    found = gather(plan, Scored(plan), {plan.cases[1].attacked.key: "ValueError: no such shape"})  # type: ignore[arg-type]
+    assert (found.rows[0].state, len(found.rows[0].cases)) == (State.MEASURED, 1)
+    assert report.lines(found)[0][-1] == "1 subject, 5 images, 1 failed"
+    digest = plan.cases[1].protected.model.digest[:8]
+    assert f"without what failed: dreambooth of zoe, model {digest}: ValueError" in "\n".join(report.verdicts(found))
 
 
 def test_costs_are_paired() -> None:
