@@ -81,7 +81,8 @@ def protect_model(
         str, _method("--method", help="apdm; imma, to compare with; naive, APDM's negative control.")
     ] = "apdm",
     preset: Annotated[
-        str | None, _method("--preset", help="paper, fast or strong. (Default: fast on nano-sd, else paper.)")
+        str | None,
+        _method("--preset", help="paper, fast or strong; apdm: or extended. (Default: fast on nano-sd, else paper.)"),
     ] = None,
     overrides: Annotated[
         list[str] | None,

@@ -13,18 +13,20 @@ from pipeline.compare.store import Results
 from pipeline.errors import UserError
 from pipeline.plan import BINDING_KEY
 from pipeline.storage import json_bytes
+from protectors.model_files import MODEL_INDEX
 
 
 def check_folder(folder: Path) -> None:
-    """Refuses a folder in which pictures of originals would lie beside protected ones.
+    """Refuses a folder in which pictures of originals would lie beside what is published.
 
     Raises:
-        UserError: it is a protected archive, or within one.
+        UserError: it is a protected archive or a model, or within one.
     """
     place = folder.resolve()
     for parent in (place, *place.parents):
-        if (parent / BINDING_KEY).exists():
-            raise UserError(f"--out {folder} lies within {parent}, a protected archive: it would show originals there")
+        for mark, what in ((BINDING_KEY, "a protected archive"), (MODEL_INDEX, "a model")):
+            if (parent / mark).exists():
+                raise UserError(f"--out {folder} lies within {parent}, {what}: it would show originals there")
 
 
 def write_files(found: Findings, results: Results) -> list[str]:

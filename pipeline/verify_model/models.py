@@ -10,7 +10,9 @@ from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.ids import differing_fields
+from pipeline.protect_model.fetch import is_far
 from pipeline.protect_model.plan import PROVENANCE
+from pipeline.storage import public_url
 from pipeline.verify_model.subjects import Subject
 from protectors.model_files import check_folder, model_digest
 
@@ -71,6 +73,8 @@ def read_protected(
         raise UserError("no protected model: name a folder that `fixative protect-model` has written")
     found = []
     for text in given:
+        if is_far(text):
+            raise UserError(f"{public_url(text)} is no folder of this machine: download it, and name where it lies")
         label, folder = split_label(text)
         document = _provenance(folder)
         _check_base(folder, document, base, base_name)

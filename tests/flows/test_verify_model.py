@@ -43,6 +43,7 @@ def verify(folder: Path, out: Path, *options: object, base: str = "model") -> Re
     ("options", "words"),
     [
         (["{}/model"], ["provenance.json", "protect-model"]),
+        (["s3://key:secret@bucket/protected"], ["s3://bucket/protected is no folder of this machine: download it"]),
         (["{}/same", "{}/other"], ["both 'apdm fast' on rex", "LABEL=FOLDER"]),
         (["{}/same", "--sets", "mirrored"], ["--sets mirrored", "seen, unseen, flipped, blurred"]),
         (["{}/same", "--attacks", "dreambooht"], ["dreambooht", "dreambooth"]),
@@ -61,6 +62,12 @@ def test_wrong_options(options: list[str], words: list[str], folder: Path, tmp_p
 def test_another_base_is_refused(folder: Path, tmp_path: Path) -> None:
     result = verify(folder, tmp_path / "out", folder / "same", base="other")
     assert (result.code, "name the model that it was made from" in result.error) == (2, True), result
+
+
+def test_pictures_of_originals_stay_out_of_a_model(folder: Path) -> None:
+    result = verify(folder, folder / "same" / "verification", folder / "same")
+    assert (result.code, "same, a model: it would show originals there" in result.error) == (2, True), result
+    assert not (folder / "same" / "verification").exists()
 
 
 def test_a_run_and_the_same_again(folder: Path, tmp_path: Path) -> None:
