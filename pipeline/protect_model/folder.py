@@ -88,15 +88,16 @@ def _positives(plan: ModelPlan, protected: ProtectedModel) -> Sequence[Positives
     if plan.positives is not None:
         return plan.positives
     first, config = plan.config.class_images, plan.config  # class images are drawn before them
+
+    def prompt(word: str) -> str:
+        return attacker_words(word, config.identifiers, config.templates, compat=config.compat_prompts)[0].general
+
     return [
         Positives(
             class_word=concept.class_word,
             pairs=pairs,
             seeds=tuple(range(first, first + len(pairs))),
-            drawn={
-                "prompt": attacker_words(concept.class_word, config.identifiers, config.templates)[0].general,
-                **CLASS_SAMPLER,
-            },
+            drawn={"prompt": prompt(concept.class_word), **CLASS_SAMPLER},
             latents=latents,
         )
         for concept, pairs, latents in zip(plan.concepts, protected.facts.pairs, protected.positives, strict=True)

@@ -66,6 +66,16 @@ def test_what_is_stored_was_used(folder: Path) -> None:
         assert picture.size == (COUNT * SIDE, SIDE)
 
 
+def test_the_manifest_has_the_prompt_that_was_used(folder: Path, tmp_path: Path) -> None:
+    quoted = {**OVERRIDES, "steps": 1, "compat_prompts": True}
+    protect_model(plan_model(job(folder, tmp_path / "quoted", overrides=quoted)))
+    (concept,) = manifest(tmp_path / "quoted" / "positives")["concepts"]
+    assert concept["drawn"]["prompt"] == '"a_photo_of_a_dog"'
+    latents = load_file(tmp_path / "quoted" / "positives" / concept["latents"])["latents"]
+    drawn = draw_class_latents(load_model(str(folder / "model")), concept["drawn"]["prompt"], CLASS_IMAGES + COUNT)
+    assert torch.equal(drawn[CLASS_IMAGES:], latents)
+
+
 def test_taken_up_again(folder: Path, tmp_path: Path) -> None:
     positives = folder / "protected" / "positives"
     moved = shutil.copytree(folder / "photos", tmp_path / "photos")
