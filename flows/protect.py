@@ -144,7 +144,7 @@ def publish_results(outcome: Outcome) -> None:
     done = [shard for shard in plan.shards if shard.shard_id in committed]
     outcome.manifests = read_manifests(destination, [shard.shard_id for shard in done])
     published = read_success(destination)
-    if published is not None and says(published, [item.key for item in outcome.manifests], plan.superseded):
+    if published is not None and says(published, [item.key for item in outcome.manifests], plan.outdated):
         outcome.report_key = published["report"]  # nothing is new: the last report still tells everything
         outcome.survival = read_verification(destination, published["report"])
         return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -104,7 +104,9 @@ def read_manifest(destination: Store, shard_id: str) -> Manifest:
     return Manifest(**get_json(destination, manifest_key(shard_id)))
 
 
-def publish_success(destination: Store, manifests: Sequence[Manifest], about: dict[str, Any]) -> None:
+def publish_success(
+    destination: Store, manifests: Sequence[Manifest], about: dict[str, Any], replaced: Collection[str] = ()
+) -> None:
     """Publishes ``_SUCCESS.json``: creates it, or replaces exactly the version that was read.
 
     Entries of another run that published in between are kept. Where nothing is new, nothing is written.
@@ -112,28 +114,37 @@ def publish_success(destination: Store, manifests: Sequence[Manifest], about: di
     Args:
         destination: Where results are.
         manifests: Every committed shard that this run knows.
-        about: Further fields. Of these, only a change of ``superseded`` is a reason to write.
+        about: Further fields. Of these, only a change of ``superseded`` or ``gone`` is a reason to write.
+        replaced: Ids of shards all of whose source objects have newer versions in others: listed as ``replaced``,
+            not among the ``manifests`` that readers follow.
     """
     entries = dict(in_parallel(partial(_entry, destination), manifests))
-    document = {**about, "manifests": entries, **_totals(entries), "writer_id": uuid.uuid4().hex}
-    ours, stored = put_json_new(destination, SUCCESS_KEY, document)
-    while not (ours or says(stored, entries, about["superseded"])):
+    outdated = {manifest_key(shard_id) for shard_id in replaced}
+    document = {**about, "writer_id": uuid.uuid4().hex}
+    ours, stored = put_json_new(destination, SUCCESS_KEY, {**document, **_listed(entries, outdated)})
+    while not (ours or says(stored, entries, about)):
         etag = destination.info(SUCCESS_KEY).etag
         stored = get_json(destination, SUCCESS_KEY)
-        merged = {**stored["manifests"], **entries}
+        earlier = stored.get("replaced", {})
+        merged = _listed({**stored["manifests"], **earlier, **entries}, outdated | (earlier.keys() - entries.keys()))
         try:
-            destination.replace(
-                SUCCESS_KEY, json_bytes({**document, "manifests": merged, **_totals(merged)}), etag=etag
-            )
+            destination.replace(SUCCESS_KEY, json_bytes({**document, **merged}), etag=etag)
             return
         except PreconditionFailed:
             continue  # another run published in between: merge with what it wrote
 
 
-def says(published: dict[str, Any], manifests: Iterable[str], superseded: dict[str, list[str]]) -> bool:
+def says(published: dict[str, Any], manifests: Iterable[str], about: Mapping[str, Any]) -> bool:
     """Whether the published state says this already, or comes from a run that knew more shards."""
-    ours, listed = set(manifests), set(published["manifests"])
-    return ours < listed or (ours == listed and bool(published["superseded"] == superseded))
+    ours, listed = set(manifests), {*published["manifests"], *published.get("replaced", {})}
+    same = all(published.get(name, {}) == about[name] for name in ("superseded", "gone"))
+    return ours < listed or (ours == listed and same)
+
+
+def _listed(entries: dict[str, dict[str, Any]], outdated: Collection[str]) -> dict[str, Any]:
+    current = {key: entry for key, entry in entries.items() if key not in outdated}
+    replaced = {key: entry for key, entry in entries.items() if key in outdated}
+    return {"manifests": current, "replaced": replaced, **_totals(current)}
 
 
 def _entry(destination: Store, manifest: Manifest) -> tuple[str, dict[str, Any]]:

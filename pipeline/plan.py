@@ -59,6 +59,22 @@ class Shard:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Changes:
+    """How the source differs from what is committed of it, in objects: image files, Parquet files, tars."""
+
+    # Not committed yet: of a key that never was, and of one that is in an older version.
+    new: int = 0
+    changed: int = 0
+    # Committed as they are now.
+    unchanged: int = 0
+    # Committed, and no longer in the source. They stay published, see `Plan.gone`.
+    gone: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.new} new, {self.changed} changed, {self.unchanged} unchanged, {self.gone} gone"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """What a run has to do: every shard of the source as it is now."""
 
@@ -70,8 +86,14 @@ class Plan:
     unreadable: list[tuple[str, str]] = field(default_factory=list)
     # Objects that are no part of an archive.
     ignored: list[str] = field(default_factory=list)
-    # Committed shards some of whose source objects have been replaced since, with those objects' keys.
+    # Committed shards some of whose source objects have newer versions, with those objects' keys.
     superseded: dict[str, list[str]] = field(default_factory=dict)
+    # Those of them that hold nothing else: they are published no longer.
+    replaced: set[str] = field(default_factory=set)
+    # Committed shards some of whose source objects are in the source no longer, with those objects' keys. Their
+    # rows stay published: an archive may be moved or thinned out, and what customers hold must stay traceable.
+    gone: dict[str, list[str]] = field(default_factory=dict)
+    changes: Changes = Changes()
     # Shards of earlier plans that this one replaces, by id.
     dropped: list[str] = field(default_factory=list)
     # Indexes of the shards that no earlier plan lists, by shard id.
@@ -81,6 +103,11 @@ class Plan:
     def rows(self) -> int:
         """Number of assets."""
         return sum(shard.rows for shard in self.shards)
+
+    @property
+    def outdated(self) -> dict[str, dict[str, list[str]]]:
+        """What the published state says of source objects that are not what they were."""
+        return {"superseded": self.superseded, "gone": self.gone}
 
 
 def bind(destination: Store, fields: dict[str, Any]) -> None:
@@ -137,13 +164,15 @@ def make_plan(
         UserError: The source holds nothing that can be protected.
     """
     listing, ignored = _list_archive(source, only)
-    earlier = _earlier_shards(destination, listing)
+    earlier = _earlier_shards(destination, listing, only)
     fresh = [item for item in listing if (item.key, item.etag) not in earlier.covered]
     number = earlier.next_number
     columns = earlier.columns
     indexes, unreadable = _index_all(source, fresh, settings, subject_column)
     new_plan_id = sha256_hex(canonical_json([[i.key, i.etag, i.units] for i in indexes] + [config_fp, number]))[:16]
     new: dict[str, ShardIndex] = {}
+    opened = [*earlier.opened, *(key for index in indexes for key in _keys(index))]
+    changed = sum(key in earlier.done for key in opened)
     shards = list(earlier.kept)
     for offset, index in enumerate(indexes):
         shard = _shard(index, number + offset, new_plan_id)
@@ -162,6 +191,14 @@ def make_plan(
         unreadable=unreadable,
         ignored=ignored,
         superseded=earlier.superseded,
+        replaced=earlier.replaced,
+        gone=earlier.gone,
+        changes=Changes(
+            new=len(opened) - changed,
+            changed=changed,
+            unchanged=earlier.unchanged,
+            gone=sum(len(keys) for keys in earlier.gone.values()),
+        ),
         dropped=earlier.dropped,
         indexes=new,
     )
@@ -181,13 +218,17 @@ def _list_archive(source: Store, only: str) -> tuple[list[ObjectInfo], list[str]
     listing: list[ObjectInfo] = []
     ignored: list[str] = []
     for item in source.list(only):
-        if only and item.key != only and not item.key.startswith(f"{only}/"):
+        if not _within(item.key, only):
             continue
         if kind_of(item.key) is None:
             ignored.append(item.key)
         else:
             listing.append(item)
     return listing, ignored
+
+
+def _within(key: str, only: str) -> bool:
+    return not only or key == only or key.startswith(f"{only}/")
 
 
 @dataclass(slots=True)
@@ -198,12 +239,19 @@ class _Earlier:
     # Key and etag of every object that a kept shard covers.
     covered: set[tuple[str, str]] = field(default_factory=set)
     superseded: dict[str, list[str]] = field(default_factory=dict)
+    replaced: set[str] = field(default_factory=set)
+    gone: dict[str, list[str]] = field(default_factory=dict)
+    # Keys of objects in committed shards, and in kept ones that are not committed.
+    done: set[str] = field(default_factory=set)
+    opened: list[str] = field(default_factory=list)
+    # Number of committed objects that are in the source as they were.
+    unchanged: int = 0
     dropped: list[str] = field(default_factory=list)
     columns: dict[str, str] = field(default_factory=dict)
     next_number: int = 0
 
 
-def _earlier_shards(destination: Store, listing: Sequence[ObjectInfo]) -> _Earlier:
+def _earlier_shards(destination: Store, listing: Sequence[ObjectInfo], only: str) -> _Earlier:
     now = {item.key: item.etag for item in listing}
     committed, abandoned = read_commits(destination)
     earlier = _Earlier()
@@ -223,11 +271,26 @@ def _earlier_shards(destination: Store, listing: Sequence[ObjectInfo]) -> _Earli
             continue
         earlier.kept.append(shard)
         earlier.covered.update(sources)
-        replaced = [key for key in stale if key in now]
+        if shard.shard_id not in committed:
+            earlier.opened += [key for key, _ in sources]
+            continue
+        # Committed shards come newest first: a key that is done already is there in a newer version.
+        replaced = [key for key in stale if key in now or key in earlier.done]
+        gone = [key for key in stale if not (key in now or key in earlier.done) and _within(key, only)]
+        earlier.done.update(key for key, _ in sources)
+        earlier.unchanged += len(sources) - len(stale)
         if replaced:
             earlier.superseded[shard.shard_id] = replaced
+        if len(replaced) == len(sources):
+            earlier.replaced.add(shard.shard_id)
+        if gone:
+            earlier.gone[shard.shard_id] = gone
     earlier.kept.sort(key=lambda shard: shard.number)
     return earlier
+
+
+def _keys(index: ShardIndex) -> list[str]:
+    return [key for key, _, _ in index.members] if index.kind == "files" else [index.key]
 
 
 def _sources(destination: Store, shard: Shard) -> list[tuple[str, str]]:

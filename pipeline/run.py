@@ -192,11 +192,11 @@ def publish(job: Job, plan: Plan, manifests: Sequence[Manifest], report_key: str
     """Publishes ``_SUCCESS.json``. Call it once every shard of the plan is committed."""
     about = {
         "config_fingerprint": job.config_fp,
-        # Rows of these source objects have newer versions in later shards.
-        "superseded": plan.superseded,
+        # By shard: source objects whose rows have newer versions in other shards, and those the source lost.
+        **plan.outdated,
         "report": report_key,
         "code_version": code_version(),
         "run_id": job.run_id,
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    publish_success(job.destination(), manifests, about)
+    publish_success(job.destination(), manifests, about, plan.replaced)

@@ -222,9 +222,9 @@ def _targets(destination: Store, settings: AttackSettings) -> list[Target]:
     success = read_success(destination)
     if success is None:
         raise UserError(f"{destination.url} holds no {SUCCESS_KEY}: no run has finished here yet")
-    # Originals of superseded shards have been replaced: there is nothing left to compare with.
+    # Originals have been replaced, or taken away: there is nothing left to compare with.
     names = {PurePosixPath(key).stem: key for key, entry in success["manifests"].items() if entry["rows_ok"]}
-    open_names = names.keys() - success["superseded"].keys()
+    open_names = names.keys() - success["superseded"].keys() - success.get("gone", {}).keys()
     if not open_names:
         raise UserError(f"{destination.url} holds no protected images whose originals are still there")
     ranked = sorted(open_names, key=lambda name: sha256_hex(f"{settings.salt}|{name}"))

@@ -84,8 +84,8 @@ def stored(store: LocalStore, *numbers: int) -> list[Manifest]:
     return found
 
 
-def about(report: str = "", superseded: dict[str, list[str]] | None = None) -> dict[str, Any]:
-    return {"report": report, "superseded": superseded or {}}
+def about(report: str = "", superseded: dict[str, list[str]] | None = None, **fields: Any) -> dict[str, Any]:
+    return {"report": report, "superseded": superseded or {}, "gone": {}, **fields}
 
 
 def success(store: LocalStore) -> dict[str, Any]:
@@ -130,6 +130,25 @@ def test_another_state_of_what_is_superseded_is_published(store: LocalStore) -> 
     assert store.get(SUCCESS_KEY) == before
     publish_success(store, found, about("fourth"))
     assert success(store)["superseded"] == {}
+    publish_success(store, found, about("fifth", gone=replaced))
+    assert (success(store)["report"], success(store)["gone"]) == ("fifth", replaced)
+
+
+def test_a_shard_that_is_wholly_replaced_is_read_no_longer(store: LocalStore) -> None:
+    old, new, other = stored(store, 0, 1, 2)
+    publish_success(store, [old], about("first"))
+    replaced = {old.shard_id: ["p.parquet"]}
+    publish_success(store, [old, new], about("second", replaced), [old.shard_id])
+    assert list(success_manifests(store)) == [new]
+    assert (success(store)["replaced"].keys(), success(store)["rows_in"]) == ({old.key}, 3)
+    before = store.get(SUCCESS_KEY)
+    publish_success(store, [old, new], about("third", replaced), [old.shard_id])
+    publish_success(store, [old], about("late"))  # a run that knew less
+    assert store.get(SUCCESS_KEY) == before
+    publish_success(store, [other], about("fourth", replaced))  # of another source: it knows nothing of the old one
+    assert list(success_manifests(store)) == [new, other]
+    publish_success(store, [old, new, other], about("back", {new.shard_id: ["p.parquet"]}), [new.shard_id])
+    assert list(success_manifests(store)) == [old, other]
 
 
 def test_what_the_published_state_says(store: LocalStore) -> None:
@@ -137,10 +156,11 @@ def test_what_the_published_state_says(store: LocalStore) -> None:
     replaced = {found[0].shard_id: ["a.png"]}
     publish_success(store, found, about(superseded=replaced))
     keys = [item.key for item in found]
-    assert says(success(store), keys, replaced)
-    assert says(success(store), keys[:1], replaced)
-    assert not says(success(store), [*keys, manifest(2).key], replaced)
-    assert not says(success(store), keys, {})
+    assert says(success(store), keys, about(superseded=replaced))
+    assert says(success(store), keys[:1], about(superseded=replaced))
+    assert not says(success(store), [*keys, manifest(2).key], about(superseded=replaced))
+    assert not says(success(store), keys, about())
+    assert not says(success(store), keys, about(superseded=replaced, gone=replaced))
 
 
 def test_an_abandoned_shard_is_not_committed(store: LocalStore) -> None:

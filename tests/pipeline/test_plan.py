@@ -14,6 +14,7 @@ from pipeline.errors import BindingConflict, IntegrityError, UserError
 from pipeline.manifest import Commits, abandon, manifest_key, read_commits
 from pipeline.plan import (
     BINDING_KEY,
+    Changes,
     Plan,
     Shard,
     bind,
@@ -151,7 +152,33 @@ def test_a_changed_file_of_a_committed_shard_supersedes_it(bench: Bench) -> None
     bench.commit(new)
     third = bench.plan()
     assert third.shards == second.shards  # what is committed stays, and nothing replaced it
-    assert third.superseded == {}
+    assert (third.superseded, third.gone) == ({old.shard_id: ["b.png"]}, {new.shard_id: ["b.png"]})
+    assert third.replaced == set()  # a.png of the old one is what is published, and the new one holds the last b.png
+
+
+def test_what_changed_is_counted_until_it_is_committed(bench: Bench) -> None:
+    write_folder(bench.source, {"a.png": photo(1), "b.png": photo(2), "c.png": photo(3)})
+    write_parquet(bench.source / "p.parquet", photos(2))
+    write_parquet(bench.source / "empty.parquet", [])
+    first = bench.plan()
+    assert first.changes == Changes(new=4)
+    assert bench.plan().changes == first.changes
+    bench.commit(*first.shards)
+    assert bench.plan().changes == Changes(unchanged=4)
+    bench.rewrite("b.png", photo(4, side=30))
+    (bench.source / "c.png").unlink()
+    (bench.source / "p.parquet").unlink()
+    write_parquet(bench.source / "p.parquet", photos(3))
+    write_folder(bench.source, {"d.png": photo(5)})
+    second = bench.plan()
+    assert second.changes == Changes(new=1, changed=2, unchanged=1, gone=1)
+    parquet, files = first.shards
+    assert second.superseded == {files.shard_id: ["b.png"], parquet.shard_id: ["p.parquet"]}
+    assert (second.replaced, second.gone) == ({parquet.shard_id}, {files.shard_id: ["c.png"]})
+    assert bench.plan().changes == second.changes
+    bench.commit(*second.shards[2:])
+    assert bench.plan().changes == Changes(unchanged=4, gone=1)
+    assert bench.look(only="p.parquet").changes == Changes(unchanged=1)
 
 
 def test_a_file_that_was_away_for_a_while_is_planned_once(bench: Bench) -> None:
