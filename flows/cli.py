@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from flows import attack, compare, measure, models, protect_model_command, show, verify_model
+from flows import attack, compare, export, measure, models, protect_model_command, show, verify_model
 from flows.options import (
     ARCHIVE,
     METHOD,
@@ -48,6 +48,7 @@ app = typer.Typer(
 app.add_typer(models.app, name="models")
 app.add_typer(attack.app, name="attack")
 app.add_typer(compare.app)
+app.add_typer(export.app)
 app.add_typer(measure.app)
 app.add_typer(protect_model_command.app)
 app.add_typer(verify_model.app)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Protocol
@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
 LINE_EVERY_S = 10.0  # where there is no terminal
+LOG_EVERY_S = 60.0
 
 
 class Observer(Protocol):
@@ -28,7 +29,7 @@ class Observer(Protocol):
 
 
 class Silent:
-    """Shows nothing: runs that a server started have their artifacts."""
+    """Shows nothing."""
 
     def step(self, name: str, total: int, done: int = 0) -> None: ...
 
@@ -80,6 +81,30 @@ class Terminal:
             self.console.print(f"{self._name}: {self._done}/{self._total}{text}", highlight=False)
 
 
+class Logged(Silent):
+    """Lines in a log, one a minute while things go on: the page of a run that a server started shows them."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
+        self._name, self._total, self._done, self._spoken = "", 0, 0, 0.0
+
+    def step(self, name: str, total: int, done: int = 0) -> None:
+        self._name, self._total, self._done = name, total, done
+        self._tell("")
+
+    def advance(self, count: int, note: str = "") -> None:
+        self._done += count
+        if self._done >= self._total or time.monotonic() - self._spoken > LOG_EVERY_S:
+            self._tell(note)
+
+    def note(self, text: str) -> None:
+        self._say(text)
+
+    def _tell(self, note: str) -> None:
+        self._spoken = time.monotonic()
+        self._say(f"{self._name}: {self._done}/{self._total} {note}".rstrip())
+
+
 _OBSERVER: ContextVar[Observer | None] = ContextVar("observer", default=None)
 
 
@@ -96,5 +121,18 @@ def shown_on(console: Console) -> Iterator[None]:
     try:
         with terminal.bars:
             yield
+    finally:
+        _OBSERVER.reset(token)
+
+
+@contextmanager
+def logged(say: Callable[[str], None]) -> Iterator[None]:
+    """Says the progress of runs within the block, unless something shows it already."""
+    if _OBSERVER.get() is not None:
+        yield
+        return
+    token = _OBSERVER.set(Logged(say))
+    try:
+        yield
     finally:
         _OBSERVER.reset(token)

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
-from prefect import flow, task
-from prefect.artifacts import create_table_artifact
+from prefect import flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 
-from flows.progress import observer
+from flows.artifacts import publish_artifacts, tell_interruption
+from flows.progress import logged, observer
 from pipeline.config import JobConfig
 from pipeline.errors import PipelineError, StorageError
 from pipeline.job import Job
@@ -20,8 +20,9 @@ from pipeline.manifest import Manifest, read_commits, read_manifests, read_succe
 from pipeline.plan import Plan, Shard, plan_columns
 from pipeline.run import Tally, Task, cut_waves, prepare, publish, raised
 from pipeline.verify.report import read_verification, write_verification
-from pipeline.verify.scores import NO_PURIFIER
 from pipeline.verify.statistics import Survival
+
+FLOW = "protect-archive"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -153,15 +154,24 @@ def publish_results(outcome: Outcome) -> None:
         publish(job, plan, outcome.manifests, outcome.report_key)
 
 
-@flow(name="protect-archive")
+@flow(name=FLOW, on_crashed=[tell_interruption], on_cancellation=[tell_interruption])
 def protect_archive(config: JobConfig) -> Outcome:
-    """Protects an archive. Run it again at any time: it goes on where it stopped and repeats nothing.
+    """Protects what is new or changed in an archive. Run it again at any time: it goes on where it stopped.
+
+    Args:
+        config: The job: from where, to where, what decides the results (job), and how it runs (run).
 
     Raises:
         UserError: The job cannot run as configured.
         RunIncomplete: It ended with problems; holds the outcome.
     """
+    with logged(get_run_logger().info):
+        return _protect(config)
+
+
+def _protect(config: JobConfig) -> Outcome:
     job, plan = plan_archive(config)
+    observer().note(f"source: {plan.changes}")
     tally = Tally(run=config.run, assets=plan.rows)
     committed = read_commits(job.destination()).committed
     todo = [shard for shard in plan.shards if shard.shard_id not in committed]
@@ -170,7 +180,7 @@ def protect_archive(config: JobConfig) -> Outcome:
         _run_waves(job, plan, todo, tally)
     outcome = Outcome(job=job, plan=plan, tally=tally)
     publish_results(outcome)
-    create_table_artifact(key="protect-summary", table=summary(outcome), description=job.destination().url)
+    publish_artifacts(outcome)
     if outcome.problems:
         raise RunIncomplete(outcome)
     return outcome
@@ -198,25 +208,3 @@ def _run_waves(job: Job, plan: Plan, shards: Sequence[Shard], tally: Tally) -> N
                 if tasks:
                     observer().step("strengthen", sum(task.rows for task in tasks))
                     protect_wave(job, pool, tasks, tally, again=True)
-
-
-def summary(outcome: Outcome) -> list[dict[str, Any]]:
-    """One row per committed shard, as the Prefect artifact and the command show it."""
-    return [
-        {
-            "shard": manifest.shard_id,
-            "source": manifest.source["key"] + (" ..." if manifest.source["kind"] == "files" else ""),
-            "assets": manifest.rows_in,
-            "protected": manifest.rows_ok,
-            "quarantined": manifest.rows_quarantined,
-            "checked": manifest.verify["sampled"],
-            "left after the worst purifier": _worst(manifest.verify["survival"]),
-            "gate": " > ".join(f"{item['preset']} {item['outcome']}" for item in manifest.verify["gate"]),
-        }
-        for manifest in outcome.manifests
-    ]
-
-
-def _worst(survival: Sequence[dict[str, Any]]) -> float | None:
-    shares = [item["share"] for item in survival if item["purifier"] != NO_PURIFIER and item["share"] is not None]
-    return round(min(shares), 3) if shares else None

@@ -51,6 +51,7 @@ def plan(console: Console, job: Job, found: Plan, cost: Estimate) -> None:
     console.print(
         f"{len(found.shards)} shards, {units} units, {found.rows} assets; {cost.open_assets} still to protect"
     )
+    console.print(f"source: {found.changes}", highlight=False)
     _left_out(console, found)
     console.print(f"method {job.config.job.method.name} {job.ladder[0]}, model {job.model_digest[:12]}")
     console.print(cost.text, highlight=False)
@@ -66,7 +67,7 @@ def _left_out(console: Console, found: Plan) -> None:
 
 def outcome(console: Console, result: Outcome) -> None:
     """What a run came to."""
-    from flows.protect import summary
+    from flows.artifacts import summary
 
     rows = summary(result)
     if rows:

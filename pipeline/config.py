@@ -224,6 +224,10 @@ class RunSettings(_Settings):
     """Up to this many quarantined assets are always tolerated."""
     max_deaths: Annotated[int, Field(ge=1)] = 20
     """Deaths of workers in one run after which the machine counts as ill."""
+    pictures: Annotated[int, Field(ge=0, le=16)] = 4
+    """Protected images that the run's page in Prefect shows, small, with what was changed in them; 0: none. Prefect's
+    database may be a hosted one. Originals never get there.
+    """
     s3: S3Settings = S3Settings()
     """How to reach S3."""
 
