@@ -133,7 +133,7 @@ class LocalStore:
         where = self.root / key
         try:
             yield
-        except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError, FileExistsError) as error:
             raise NotFound(f"{where} does not exist, or a folder stands where a file should") from error
         except OSError as error:
             # No more of the error than its reason: its text repeats both paths.
