@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from flows import attack, compare, export, measure, models, protect_model_command, show, verify_model
+from flows import attack, compare, export, measure, models, protect_model_command, serve, show, verify_model
 from flows.options import (
     ARCHIVE,
     METHOD,
@@ -51,6 +51,7 @@ app.add_typer(compare.app)
 app.add_typer(export.app)
 app.add_typer(measure.app)
 app.add_typer(protect_model_command.app)
+app.add_typer(serve.app)
 app.add_typer(verify_model.app)
 console = show.terminal()
 errors = Console(stderr=True)
