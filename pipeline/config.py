@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 PIXEL_CODE_VERSION = 1
 """Raised whenever decoding, scaling or encoding changes a stored pixel; part of every fingerprint."""
@@ -18,6 +19,20 @@ OtherImages = Literal["refuse", "drop", "keep"]
 Precision = Literal["float32", "bfloat16"]
 GateMetric = Literal["survival", "effect"]
 GateAction = Literal["pass", "flag", "fail", "strengthen"]
+DataMining = Literal[
+    "none",
+    "unspecified",
+    "allowed",
+    "prohibited",
+    "prohibited-ai-training",
+    "prohibited-generative-ai-training",
+    "prohibited-except-search-indexing",
+    "prohibited-see-constraint",
+]
+RightsText = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
+RightsUrl = Annotated[str, StringConstraints(pattern=r"^https?://\S+$", max_length=1000)]
+LocalFile = Annotated[str, AfterValidator(lambda path: str(Path(path).expanduser().absolute()))]
+"""Absolute, since workers do not start in the folder of the command."""
 
 
 class _Settings(BaseModel):
@@ -162,6 +177,61 @@ class CheckSettings(_Settings):
         return self
 
 
+class SignerSettings(_Settings):
+    """Who signs the Content Credentials (C2PA) of every image; nobody, without a certificate.
+
+    Both files must lie on every machine that stores images. The key is read there and goes nowhere else.
+    """
+
+    certificate: LocalFile | None = None
+    """PEM file: the signer's certificate, then those that vouch for it."""
+    key: LocalFile | None = None
+    """PEM file with its private key, without a password."""
+    callback: Annotated[str | None, Field(pattern=r"^[\w.]+:\w+$")] = None
+    """Instead of a key, "module:function" that returns the signature of the bytes it gets: a KMS or an HSM."""
+    timestamp_url: RightsUrl | None = None
+    """Time-stamp authority (RFC 3161), asked once per image. None: no request leaves the machine."""
+
+    @model_validator(mode="after")
+    def _certificate_has_its_key(self) -> Self:
+        given = [self.key is not None, self.callback is not None]
+        if sum(given) != (self.certificate is not None):
+            raise ValueError("a signer is a certificate with either a key or a callback")
+        if self.timestamp_url and not self.certificate:
+            raise ValueError("timestamp_url needs a certificate")
+        return self
+
+
+class ProvenanceSettings(_Settings):
+    """What every stored image says of its rights (XMP), each where the image itself says nothing of that kind."""
+
+    data_mining: DataMining = "prohibited-ai-training"
+    """plus:DataMining, a reservation that crawlers can read. The default says no more than the job itself: not for AI
+    training. Images under a Creative Commons licence, or marked as public domain, get none. none: never written.
+    """
+    constraint: RightsText | None = None
+    """What prohibited-see-constraint refers to."""
+    creator: RightsText | None = None
+    """Who made the images; like the notice, only where no EXIF names one."""
+    copyright_notice: RightsText | None = None
+    """Such as "© 2026 Example Ltd."."""
+    credit: RightsText | None = None
+    """Whom to name when an image is published."""
+    usage_terms: RightsText | None = None
+    """How the images may be used, for people to read."""
+    web_statement: RightsUrl | None = None
+    """Page with the licence."""
+    licensor_url: RightsUrl | None = None
+    """Page where a licence is sold."""
+    signer: SignerSettings = SignerSettings()
+
+    @model_validator(mode="after")
+    def _constraint_is_referred_to(self) -> Self:
+        if (self.data_mining == "prohibited-see-constraint") != (self.constraint is not None):
+            raise ValueError("data_mining 'prohibited-see-constraint' and a constraint go together: give both or none")
+        return self
+
+
 class LimitSettings(_Settings):
     """When an image is refused and when a job is."""
 
@@ -184,6 +254,8 @@ class JobSettings(_Settings):
     """The sampled check of every shard before it is committed."""
     limits: LimitSettings = LimitSettings()
     """When an image is refused."""
+    provenance: ProvenanceSettings = ProvenanceSettings()
+    """What every stored image says of its rights, and who signs it."""
     seed: int = 0
     """Base seed; every image's own seed follows from this, the configuration and the image's bytes."""
 

@@ -41,6 +41,7 @@ class Measured:
         pixel_sha256: see the function of this name.
         mode: Pillow's mode of the stored file.
         format: "PNG", "WEBP" or "JPEG".
+        xmp: the packet.
     """
 
     linf_levels: int
@@ -51,6 +52,7 @@ class Measured:
     height: int
     mode: str
     format: str
+    xmp: bytes | None
 
 
 def choose_format(policy: OutputFormat, image: DecodedImage) -> OutputFormat:
@@ -107,6 +109,7 @@ def measure(data: bytes, image: DecodedImage, limits: DecodeLimits) -> Measured:
         height=height,
         mode=stored.source_mode,
         format=stored.source_format,
+        xmp=stored.metadata.xmp,
     )
 
 

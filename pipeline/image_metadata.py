@@ -5,7 +5,8 @@ a list of allowed tags, and XMP is parsed and cleaned. What cannot be kept is na
 ``ImageMetadata.dropped``; metadata never fails an image.
 
 Not carried over: IFD1, MakerNote, DNG and preview tags, JPEG comments, Photoshop resources, C2PA manifests (they vouch
-for other pixels) and the raw IPTC-IIM block; its author, copyright, caption and title are kept as texts.
+for other pixels). The fields of an IPTC-IIM block move into the XMP, where it has none of that name; author, copyright,
+caption and title are kept as texts too.
 """
 
 from __future__ import annotations
@@ -19,13 +20,14 @@ from typing import Any
 from xml.dom import minidom
 from xml.parsers.expat import ExpatError
 
-from PIL import ImageFile, IptcImagePlugin
+from PIL import ImageFile
+
+from pipeline.provenance.iptc import MAX_TEXT_BYTES, iptc_records, iptc_texts, with_iptc
 
 MAX_BLOCK_BYTES = 60_000
 """EXIF and XMP must each fit into one JPEG segment (65,533 bytes), prefix and later additions included."""
 
 _MAX_BLOB_BYTES = 1024
-_MAX_TEXT_BYTES = 16_384
 _MAX_XMP_SOURCE_BYTES = 2**20  # the parsed tree takes about 30 times as much
 
 _EXIF_PREFIX = b"Exif\0\0"
@@ -68,6 +70,7 @@ _PICTURE_NAMESPACES = (
     "http://ns.google.com/photos/",
 )
 _PICTURE_NAMES = frozenset({"Thumbnails", "GImage", "DocumentAncestors"})  # the last: megabytes of stale ids
+_REMOTE_MANIFEST = ("http://purl.org/dc/terms/", "provenance")  # link to a C2PA manifest of other pixels
 # Possessive and anchored at the start of a run, so that hostile text cannot make the search slow.
 _BASE64_RUN = re.compile(rb"(?<![A-Za-z0-9+/])(?:(?:[A-Za-z0-9+/]{60,}+(?:\s|&#x[AaDd];)*+){10,}+|[A-Za-z0-9+/]{600})")
 _PICTURE_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n")
@@ -80,7 +83,6 @@ _TEXT_TO_EXIF = {
     "Copyright": 0x8298,
     "Software": 0x0131,
 }
-_IPTC_TO_TEXT = {(2, 5): "Title", (2, 80): "Author", (2, 116): "Copyright", (2, 120): "Description"}
 
 _Ifd = dict[int, tuple[int, bytes]]
 """tag -> (TIFF field type, value bytes in the block's byte order)"""
@@ -104,6 +106,12 @@ class ImageMetadata:
     texts: tuple[tuple[str, str], ...] = ()
     dropped: tuple[str, ...] = ()
 
+    @property
+    def exif_words(self) -> set[str]:
+        """The PNG keywords whose text the EXIF holds; cameras write blanks where nobody has entered any."""
+        ifd0 = _parse(self.exif)[1][0]
+        return {key for key, tag in _TEXT_TO_EXIF.items() if ifd0.get(tag, (0, b""))[1].strip(b"\0 ")}
+
 
 def read_metadata(image: ImageFile.ImageFile, data: bytes) -> ImageMetadata:
     """Takes over the metadata of a loaded image, free of pictures. Never raises on bad metadata.
@@ -115,16 +123,22 @@ def read_metadata(image: ImageFile.ImageFile, data: bytes) -> ImageMetadata:
     dropped: list[str] = []
     if "comment" in image.info:
         dropped.append("JPEG comment")
-    if any(marker == "APP11" for marker, _ in getattr(image, "applist", ())):
-        dropped.append("C2PA manifest (JPEG APP11)")
+    if place := _manifest_place(image, data):
+        dropped.append(f"C2PA manifest ({place})")
     exif = _clean_exif(_exif_block(image, data, dropped), dropped)
     dpi = _valid_dpi(image.info.get("dpi")) or _dpi_of(exif)
     xmp = image.info.get("xmp") or image.info.get("XML:com.adobe.xmp")
+    records = {
+        key: values
+        for key, values in iptc_records(image, dropped).items()
+        if not any(map(_hides_picture, values if isinstance(values, list) else [values]))
+    }
+    clean = _clean_xmp(xmp.encode() if isinstance(xmp, str) else xmp, dropped) if xmp else None
     return ImageMetadata(
         exif=exif,
-        xmp=_clean_xmp(xmp.encode() if isinstance(xmp, str) else xmp, dropped) if xmp else None,
+        xmp=with_iptc(clean, records, dropped, limit=MAX_BLOCK_BYTES),
         dpi=dpi,
-        texts=_png_texts(image, dropped) or _iptc_texts(image, dropped),
+        texts=_png_texts(image, dropped) or iptc_texts(records),
         dropped=tuple(dict.fromkeys(dropped)),
     )
 
@@ -222,7 +236,7 @@ def _read_ifd(block: bytes, order: str, start: int, allowed: frozenset[int], dro
             break
         tag, kind, count = struct.unpack_from(order + "HHI", block, at)
         size = count * _TYPE_BYTES.get(kind, 0)
-        limit = _MAX_TEXT_BYTES if kind == _ASCII or tag in _UTF16_TEXT_TAGS else _MAX_BLOB_BYTES
+        limit = MAX_TEXT_BYTES if kind == _ASCII or tag in _UTF16_TEXT_TAGS else _MAX_BLOB_BYTES
         if tag not in allowed or not 0 < size <= limit:  # before slicing: a hostile count must not cost memory
             if tag not in _STRUCTURAL_TAGS:
                 dropped.append(f"EXIF tag 0x{tag:04x}")
@@ -348,7 +362,12 @@ def _descendants(node: minidom.Node) -> Iterator[minidom.Node]:
 
 
 def _is_picture(node: minidom.Element | minidom.Attr) -> bool:
-    return node.localName in _PICTURE_NAMES or (node.namespaceURI or "").startswith(_PICTURE_NAMESPACES)
+    namespace = node.namespaceURI or ""
+    return (
+        node.localName in _PICTURE_NAMES
+        or namespace.startswith(_PICTURE_NAMESPACES)
+        or (namespace, node.localName) == _REMOTE_MANIFEST
+    )
 
 
 def _png_texts(image: ImageFile.ImageFile, dropped: list[str]) -> tuple[tuple[str, str], ...]:
@@ -356,33 +375,23 @@ def _png_texts(image: ImageFile.ImageFile, dropped: list[str]) -> tuple[tuple[st
     found: dict[str, str] = getattr(image, "text", {}) if image.format == "PNG" else {}
     for key, value in found.items():
         encoded = value.encode(errors="replace")
-        if key in _TEXT_KEYS and len(encoded) <= _MAX_TEXT_BYTES and not _hides_picture(encoded):
+        if key in _TEXT_KEYS and len(encoded) <= MAX_TEXT_BYTES and not _hides_picture(encoded):
             texts.append((key, encoded.decode()))
         elif key not in ("XML:com.adobe.xmp", "Raw profile type exif"):
             dropped.append(f"PNG text {key[:79]!r}")
     return tuple(texts)
 
 
-def _iptc_texts(image: ImageFile.ImageFile, dropped: list[str]) -> tuple[tuple[str, str], ...]:
-    try:
-        records = IptcImagePlugin.getiptcinfo(image)
-    except (SyntaxError, ValueError, KeyError, IndexError, TypeError, struct.error, OSError):
-        dropped.append("IPTC-IIM (unreadable)")
-        return ()
-    if not records:
-        return ()
-    dropped.append("IPTC-IIM (author, copyright, caption and title kept as texts)")
-    texts = []
-    for number, key in _IPTC_TO_TEXT.items():
-        values = records.get(number, [])
-        joined = b"; ".join(values if isinstance(values, list) else [values])
-        if joined and len(joined) <= _MAX_TEXT_BYTES and not _hides_picture(joined):
-            texts.append((key, _decode_text(joined)))
-    return tuple(texts)
-
-
-def _decode_text(value: bytes) -> str:
-    try:
-        return value.decode("utf-8")
-    except UnicodeDecodeError:
-        return value.decode("latin-1")
+def _manifest_place(image: ImageFile.ImageFile, data: bytes) -> str | None:
+    """Where the file keeps a C2PA manifest; None if it has none. That of a TIFF is one of its tags."""
+    if any(marker == "APP11" for marker, _ in getattr(image, "applist", ())):
+        return "JPEG APP11"
+    if any(chunk[0] == b"caBX" for chunk in getattr(image, "private_chunks", ())):
+        return "PNG caBX"
+    at = 12 if image.format == "WEBP" else len(data)
+    while at + 8 <= len(data):
+        name, size = struct.unpack_from("<4sI", data, at)
+        if name == b"C2PA":
+            return "WebP C2PA"
+        at += 8 + size + size % 2
+    return None

@@ -10,6 +10,7 @@ from pipeline.config import MAX_EPS_LEVELS, PIXEL_CODE_VERSION, CheckSettings, J
 from pipeline.decode import DecodeLimits
 from pipeline.errors import UserError
 from pipeline.ids import fingerprint
+from pipeline.provenance.signer import provenance_fields
 from pipeline.shard_index import kind_of
 from pipeline.storage import StorageOptions, Store, open_store
 from protectors.base import ImageProtector
@@ -110,6 +111,7 @@ def resolve(config: JobConfig) -> Job:
         "check": config.job.check.model_dump(mode="json"),
         "ladder": [rung.to_dict() for rung in ladder[1:]],
         "limits": config.job.limits.model_dump(),
+        "provenance": provenance_fields(config.job.provenance),
         "seed": config.job.seed,
         "pixel_code": PIXEL_CODE_VERSION,
     }

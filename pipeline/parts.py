@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import PurePosixPath
@@ -12,12 +13,23 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.assets import Asset, Unit
-from pipeline.decode import apply_delta, decode, upright
-from pipeline.encode import choose_format, encode, measure
-from pipeline.errors import AssetError, BudgetExceeded, CrashLoop, ErrorInfo, IntegrityError, NotFound, ProtectError
+from pipeline.decode import DecodedImage, apply_delta, decode, upright
+from pipeline.encode import OutputFormat, choose_format, encode, measure, pixel_sha256_of_bytes
+from pipeline.errors import (
+    AssetError,
+    BudgetExceeded,
+    CrashLoop,
+    EncodeError,
+    ErrorInfo,
+    IntegrityError,
+    NotFound,
+    ProtectError,
+)
 from pipeline.fuse import Attempt
 from pipeline.ids import sha256_hex
-from pipeline.job import Job
+from pipeline.job import Job, code_version
+from pipeline.provenance.credentials import Edit, sign
+from pipeline.provenance.rights import rights_in, with_rights
 from pipeline.scale import enlarge_delta
 from pipeline.schema import part_schema
 from pipeline.shard_index import IMAGE_SUFFIXES
@@ -109,8 +121,15 @@ def _protected_row(job: Job, asset: Asset, rung: int) -> dict[str, Any]:
         raise ProtectError("the optimizer returned nothing for this image")
     pixels = apply_delta(image, enlarge_delta(asset.delta, height, width), budget)
     chosen = choose_format(job.config.job.output.format, image)
-    data = encode(image, pixels, chosen)
+    provenance = job.config.job.provenance
+    labelled = replace(image, metadata=with_rights(image.metadata, provenance))
+    data = encode(labelled, pixels, chosen)
+    signature: dict[str, Any] = {}
+    if provenance.signer.certificate is not None:
+        data, signature = _signed(job, asset, rung, chosen, labelled, data)
     measured = measure(data, image, job.limits)
+    if signature and measured.pixel_sha256 != signature.pop("pixel_sha256"):
+        raise EncodeError("signing has changed the pixels; report this as a bug")
     if chosen != "jpeg" and measured.linf_levels > budget:
         raise BudgetExceeded(f"stored pixels differ by {measured.linf_levels} levels, the budget is {budget}")
     return {
@@ -138,6 +157,43 @@ def _protected_row(job: Job, asset: Asset, rung: int) -> dict[str, Any]:
         "objective_before": asset.objective_before,
         "objective_after": asset.objective_after,
         "metadata_dropped": list(image.metadata.dropped),
+        "data_mining": rights_in(measured.xmp).get("data mining"),
+        **signature,
+    }
+
+
+def _signed(
+    job: Job, asset: Asset, rung: int, chosen: OutputFormat, image: DecodedImage, data: bytes
+) -> tuple[bytes, dict[str, Any]]:
+    """The encoded image with its Content Credentials, and the columns that name them."""
+    pixels = pixel_sha256_of_bytes(data, job.limits)
+    method, ladder = job.config.job.method, job.config.job.check.gate.ladder
+    edit = Edit(
+        title=_file_name(asset.asset_id, SUFFIXES[chosen]),
+        mime=f"image/{chosen}",
+        source_title=PurePosixPath(asset.asset_id).name,
+        source_mime=f"image/{image.source_format.lower()}",
+        source_sha256=str(asset.source_sha256),
+        software={"name": "fixative", "version": code_version()},
+        parameters={
+            "protector": method.name,
+            "protector_version": job.protector_version,
+            "preset": [method.preset, *ladder][rung],
+            "eps_levels": job.eps_levels(rung),
+            "eps_norm": "linf of 8-bit samples",
+            "model_digest": job.model_digest,
+            "config_fingerprint": job.config_fp,
+            "pixel_sha256": pixels,
+        },
+        xmp=image.metadata.xmp,
+    )
+    signed, credentials = sign(data, edit, job.config.job.provenance.signer)
+    return signed, {
+        "pixel_sha256": pixels,
+        "unsigned_sha256": sha256_hex(data),
+        "c2pa_manifest": credentials.manifest,
+        "signed_by": credentials.signed_by,
+        "certificate_serial": credentials.serial,
     }
 
 

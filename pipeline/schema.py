@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from pipeline.errors import UserError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 CHECK_TYPE = pa.list_(
     pa.struct(
@@ -56,6 +56,13 @@ PROTECTED = pa.schema(
         pa.field("objective_before", pa.float64()),
         pa.field("objective_after", pa.float64()),
         pa.field("metadata_dropped", pa.list_(pa.string())),
+        # plus:DataMining of the stored image, a URI; null where it says nothing.
+        pa.field("data_mining", pa.string()),
+        # Content Credentials; null where nobody signs. A signature differs each time: the file without it does not.
+        pa.field("unsigned_sha256", pa.string()),
+        pa.field("c2pa_manifest", pa.string()),
+        pa.field("signed_by", pa.string()),
+        pa.field("certificate_serial", pa.string()),
         pa.field("unit_id", pa.string()),
         pa.field("run_id", pa.string()),
         pa.field("processed_at", pa.timestamp("ms", tz="UTC")),
