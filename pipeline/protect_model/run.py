@@ -6,6 +6,7 @@ import time
 from dataclasses import replace
 
 import torch
+from safetensors import SafetensorError
 
 from pipeline.errors import PipelineError, UserError
 from pipeline.protect_model.fetch import is_far
@@ -31,7 +32,7 @@ def protect_model(plan: ModelPlan, progress: Progress | None = None, say: Say = 
 
     Raises:
         UserError: another run is at it, or the checkpoints were made on an unlike machine.
-        PipelineError: the training broke down, or a folder cannot be written.
+        PipelineError: the training broke down, the device has too little memory, or a folder cannot be written.
     """
     sweep(plan.job.out_store())
     if plan.finished and not is_left(plan.job):
@@ -70,6 +71,16 @@ def _train(plan: ModelPlan, work: Work, progress: Progress | None) -> None:
         ) from error
     except NotFiniteError as error:
         raise PipelineError(f"{error}. For another rate remove {where}, or choose another --work") from error
+    except torch.OutOfMemoryError as error:
+        raise PipelineError(
+            "the device has too little memory: free it and run the same command to go on, or begin again in another "
+            "--out with --set gradient_checkpointing=true, and --set bf16=true"
+        ) from error
+    except (OSError, SafetensorError) as error:
+        raise PipelineError(
+            f"checkpoints in {where} cannot be written or read: {error}. The last one stays: mend it and run the same "
+            "command to go on; if it is damaged, remove the folder and begin again"
+        ) from error
     publish(plan, protected, model, work)
 
 

@@ -24,6 +24,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from pipeline.errors import PipelineError, UserError
@@ -241,3 +242,22 @@ def test_a_training_that_breaks_down(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(PipelineError, match=r"not finite.*lower the rate.*remove .*out\.training"):
         protect_model(plan)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError("No space left on device"), r"out\.training cannot be written or read: No space left.*to go on"),
+        (SafetensorError("header too small"), r"out\.training cannot be .*header too small.*begin again"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "gradient_checkpointing=true"),
+    ],
+)
+def test_what_a_machine_lacks_is_told(
+    error: Exception, words: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("protectors.protected_weights.save_checkpoint", fail)
+    with pytest.raises(PipelineError, match=words):
+        protect_model(plan_model(job(folder, tmp_path / "out", overrides={**QUICK, "steps": 2})))
