@@ -63,7 +63,7 @@ class CachedConcept:
 
 def image_digests(images: Tensor) -> list[str]:
     """sha256 of the 8-bit values of each image ``(N, 3, H, W)`` in [0, 1]: how provenance names it."""
-    return [_digest((image * LEVELS).round().to(torch.uint8)) for image in to_8bit(images.detach())]
+    return [values_digest((image * LEVELS).round().to(torch.uint8)) for image in to_8bit(images.detach())]
 
 
 def attacker_words(
@@ -115,7 +115,7 @@ def cache_concept(
         moments=(mean, logvar),
         positives=positives,
         class_latents=drawn[:class_images],
-        pairs=tuple((names[place], _digest(positive)) for place, positive in zip(order, positives, strict=True)),
+        pairs=tuple((names[place], values_digest(positive)) for place, positive in zip(order, positives, strict=True)),
     )
 
 
@@ -135,5 +135,6 @@ def _check(model: DiffusionModel, concept: Concept) -> None:
         raise ValueError(f"positives are {tuple(concept.positives.shape)}; use finite scaled latents {shape}")
 
 
-def _digest(values: Tensor) -> str:
+def values_digest(values: Tensor) -> str:
+    """sha256 of the raw values of a tensor."""
     return hashlib.sha256(values.detach().cpu().contiguous().numpy().tobytes()).hexdigest()

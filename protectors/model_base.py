@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Generic, Literal, TypeVar, final
 import torch
 from torch import Tensor
 
-from protectors.concepts import CachedConcept, Concept, attacker_words, cache_concept
+from protectors.concepts import CachedConcept, Concept, attacker_words, cache_concept, values_digest
 from protectors.config import LATE, MethodConfig, require
 from protectors.diffusion import DiffusionModel, LatentParts
 from protectors.model_files import ModelError
@@ -258,7 +258,9 @@ class ModelProtector(ABC, Generic[ConfigT]):
     def _binding(self, study: Study) -> dict[str, str]:
         """What the weights follow from; a checkpoint with another one is refused."""
         facts = {"method": f"{self.name} {self.version}", "model": self.model.digest, "seed": str(study.seed)}
-        concepts = json.dumps([[concept.class_word, concept.pairs] for concept in study.concepts]).encode()
+        # Class images too: where positives are given they alone tell a machine on which numbers come out otherwise.
+        cached = [[one.class_word, one.pairs, values_digest(one.class_latents)] for one in study.concepts]
+        concepts = json.dumps(cached).encode()
         fields = {name: json.dumps(value) for name, value in self.config.to_dict().items()}
         return {**facts, "concepts": hashlib.sha256(concepts).hexdigest(), **fields}
 

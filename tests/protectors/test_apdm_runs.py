@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from protectors import concepts
 from protectors.apdm import APDM, APDMConfig
 from protectors.concepts import Concept, attacker_words
 from protectors.diffusion import DiffusionModel
@@ -71,6 +72,19 @@ def test_a_finished_run_is_not_done_again_and_another_one_is_refused(model: Diff
     ):
         with pytest.raises(ValueError, match=differs):
             APDM(other, model).protect([subject], seed=seed, checkpoint=tmp_path)
+
+
+def test_a_checkpoint_on_other_class_images_is_refused(
+    model: DiffusionModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on another kind of processor; with given positives nothing else of the concept tells."""
+    images = concept().images
+    subject = Concept(images=images, class_word="dog", positives=torch.zeros(3, *model.latent_shape(images)))
+    APDM(FAST.replace(steps=1), model).protect([subject], seed=3, checkpoint=tmp_path)
+    real = concepts.class_latents
+    monkeypatch.setattr(concepts, "class_latents", lambda *asked: real(*asked) * (1 + 1e-6))
+    with pytest.raises(ValueError, match="concepts"):
+        APDM(FAST.replace(steps=1), model).protect([subject], seed=3, checkpoint=tmp_path)
 
 
 class Breaking(APDM):
