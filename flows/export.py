@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from enum import Enum
+from enum import StrEnum
 from typing import Annotated
 
 import typer
@@ -18,7 +18,7 @@ app = typer.Typer()
 console = show.terminal()
 
 
-class Form(str, Enum):
+class Form(StrEnum):
     """What an archive can be exported as."""
 
     files = "files"

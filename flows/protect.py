@@ -14,6 +14,7 @@ from prefect.client.schemas.objects import State
 from flows.artifacts import publish_artifacts, tell_interruption
 from flows.progress import logged, observer
 from pipeline.config import JobConfig
+from pipeline.croissant import write_card
 from pipeline.errors import PipelineError, StorageError
 from pipeline.job import Job
 from pipeline.manifest import Manifest, read_commits, read_manifests, read_success, says
@@ -148,6 +149,7 @@ def publish_results(outcome: Outcome) -> None:
     if published is not None and says(published, [item.key for item in outcome.manifests], plan.outdated):
         outcome.report_key = published["report"]  # nothing is new: the last report still tells everything
         outcome.survival = read_verification(destination, published["report"])
+        write_card(destination)  # the run that published may have died before it wrote one
         return
     outcome.report_key, outcome.survival = write_verification(job, done, outcome.manifests)
     if not outcome.problems:

@@ -174,11 +174,21 @@ def success_manifests(destination: Store) -> Iterator[Manifest]:
     success = read_success(destination)
     if success is None:
         raise UserError(f"{destination.url} holds no {SUCCESS_KEY}: no run has finished here yet")
-    for key, entry in sorted(success["manifests"].items()):
-        data = destination.get(key)
-        if sha256_hex(data) != entry["sha256"]:
-            raise IntegrityError(f"{destination.url}/{key} is not the manifest that was published")
-        yield Manifest(**json.loads(data))
+    for item in sorted(success["manifests"].items()):
+        yield listed_manifest(destination, item)
+
+
+def listed_manifest(destination: Store, item: tuple[str, dict[str, Any]]) -> Manifest:
+    """Reads a manifest as ``_SUCCESS.json`` lists it: its key, and the entry with its hash.
+
+    Raises:
+        IntegrityError: It is not the one that was published.
+    """
+    key, entry = item
+    data = destination.get(key)
+    if sha256_hex(data) != entry["sha256"]:
+        raise IntegrityError(f"{destination.url}/{key} is not the manifest that was published")
+    return Manifest(**json.loads(data))
 
 
 def rows_of(

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
 from pipeline.config import JobConfig, RunSettings
+from pipeline.croissant import write_card
 from pipeline.errors import FatalWorkerError, StorageError, UserError
 from pipeline.job import Job, archive_store, code_version, destination_store, find_model, resolve
 from pipeline.manifest import Manifest, publish_success
@@ -189,7 +190,7 @@ def _task(shard: Shard, group: Sequence[tuple[str, RowRange]]) -> Task:
 
 
 def publish(job: Job, plan: Plan, manifests: Sequence[Manifest], report_key: str) -> None:
-    """Publishes ``_SUCCESS.json``. Call it once every shard of the plan is committed."""
+    """Publishes ``_SUCCESS.json`` and the dataset card. Call it once every shard of the plan is committed."""
     about = {
         "config_fingerprint": job.config_fp,
         # By shard: source objects whose rows have newer versions in other shards, and those the source lost.
@@ -200,3 +201,4 @@ def publish(job: Job, plan: Plan, manifests: Sequence[Manifest], report_key: str
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     publish_success(job.destination(), manifests, about, plan.replaced)
+    write_card(job.destination())
