@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
+import time
 import uuid
 from contextlib import suppress
 from dataclasses import asdict
@@ -16,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pipeline import metrics
 from pipeline.errors import AlreadyExists, IntegrityError, SourceChanged
 from pipeline.ids import sha256_hex
 from pipeline.job import Job, code_version
@@ -44,6 +46,7 @@ def finalize_shard(job: Job, shard: Shard, customer: pa.Schema) -> Manifest:
     Raises:
         IntegrityError: A part, a check or a row is missing, double or unknown, or stored bytes do not match.
     """
+    since = time.perf_counter()
     destination = job.destination()
     index = load_index(destination, shard)
     units = unit_ids(index, job.config_fp, shard.rung)
@@ -97,10 +100,22 @@ def finalize_shard(job: Job, shard: Shard, customer: pa.Schema) -> Manifest:
             "gate": [asdict(decision) for decision in history(destination, shard)],
         },
     )
-    _, stored = put_json_new(destination, manifest.key, asdict(manifest))
+    ours, stored = put_json_new(destination, manifest.key, asdict(manifest))
     if "abandoned" in stored:
         raise SourceChanged(f"{shard.shard_id}: another run has planned its source anew; run again")
+    if ours:
+        _record_commit(manifest, since)
     return Manifest(**stored)
+
+
+def _record_commit(manifest: Manifest, since: float) -> None:
+    method = manifest.protector
+    metrics.SHARDS_COMMITTED.record(method=method)
+    metrics.IMAGES_COMMITTED.record(manifest.rows_ok, method=method, status="protected")
+    metrics.IMAGES_COMMITTED.record(manifest.rows_quarantined, method=method, status="quarantined")
+    files = [file for file in (manifest.data, manifest.quarantine) if file is not None]
+    metrics.WRITTEN_BYTES.record(sum(file["size"] for file in files), method=method, stage="commit")
+    metrics.STAGE_SECONDS.record(time.perf_counter() - since, stage="commit", method=method)
 
 
 def _label(shard: Shard) -> str:

@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy, Dataset
 
+from pipeline import metrics
 from pipeline.assets import Unit
 from pipeline.config import RunSettings
 from pipeline.errors import FatalWorkerError, PipelineError, UserError
@@ -24,6 +26,7 @@ from pipeline.finalize import finalize_shard
 from pipeline.job import Job
 from pipeline.manifest import Manifest
 from pipeline.plan import Shard
+from pipeline.ray_metrics import export_from_worker, exported_from_driver
 from pipeline.run import Task
 from pipeline.verify.attack_models import AttackModels
 from pipeline.verify.check import Check, measure_check, prepare_checks, store_check
@@ -84,8 +87,8 @@ def cluster(run: RunSettings) -> Iterator[Pool]:
     if not joined:
         _start(run.ray_address, run.actors)
     try:
-        pool = _pool(run)
-        yield pool
+        with exported_from_driver():
+            yield _pool(run)
     finally:
         if not joined:
             ray.shutdown()
@@ -146,33 +149,55 @@ def _pool(run: RunSettings) -> Pool:
 
 def protect_units(job: Job, pool: Pool, tasks: Sequence[Task]) -> Iterator[Receipt | Failed]:
     """Protects units and stores their parts; yields a receipt as each is done, in no particular order."""
-    stream = source(tasks).map_batches(load, batch_size=1, num_cpus=LOAD_CPUS, fn_kwargs={"job": job})
+    stream = source(tasks, "protect").map_batches(load, batch_size=1, num_cpus=LOAD_CPUS, fn_kwargs={"job": job})
     stream = on_actors(stream, Optimize, pool, job=job)
     stream = stream.map_batches(store, batch_size=1, num_cpus=STORE_CPUS, fn_kwargs={"job": job})
-    yield from results(stream)
+    method, images = job.config.job.method.name, sum(task.rows for task in tasks)
+    metrics.LAST_COMMIT.record(time.time())
+    _show_progress(method, images)
+    for result in results(stream):
+        if isinstance(result, Receipt):
+            images -= result.protected + len(result.quarantined)
+        _show_progress(method, images)
+        yield result
+    _show_progress(method, 0)  # also where shards failed
+
+
+def _show_progress(method: str, open_images: int) -> None:
+    metrics.LAST_PART.record(time.time())
+    metrics.OPEN_IMAGES.record(open_images, method=method)
 
 
 def check_shards(job: Job, pool: Pool, shards: Sequence[Shard]) -> Iterator[str | Failed]:
     """Checks the samples of shards whose parts are all stored, on the same kind of actors; yields result keys."""
-    stream = source(shards).map_batches(prepare, batch_size=1, num_cpus=LOAD_CPUS, fn_kwargs={"job": job})
-    yield from results(on_actors(stream, Optimize, pool, job=job))
+    stream = source(shards, "check").map_batches(
+        prepare_checks_and_trials, batch_size=1, num_cpus=LOAD_CPUS, fn_kwargs={"job": job}
+    )
+    yield from results(on_actors(stream, MeasureChecks, pool, job=job))
 
 
 def decide_shards(job: Job, shards: Sequence[Shard]) -> Iterator[tuple[Shard, Decision] | Failed]:
     """Lets the gate decide on shards whose checks are all stored."""
-    stream = source(shards).map_batches(gate, batch_size=1, num_cpus=FINALIZE_CPUS, fn_kwargs={"job": job})
+    stream = source(shards, "gate").map_batches(gate, batch_size=1, num_cpus=FINALIZE_CPUS, fn_kwargs={"job": job})
     yield from results(stream)
 
 
 def finalize_shards(job: Job, shards: Sequence[tuple[Shard, pa.Schema]]) -> Iterator[Manifest | Failed]:
     """Commits shards whose parts and checks are all stored."""
-    stream = source(shards).map_batches(finalize, batch_size=1, num_cpus=FINALIZE_CPUS, fn_kwargs={"job": job})
-    yield from results(stream)
+    stream = source(shards, "commit").map_batches(
+        finalize, batch_size=1, num_cpus=FINALIZE_CPUS, fn_kwargs={"job": job}
+    )
+    for result in results(stream):
+        metrics.LAST_COMMIT.record(time.time())
+        yield result
 
 
 def load(batch: Batch, job: Job) -> Iterator[Batch]:
     """Stage: a task becomes its units, read and decoded."""
-    yield from each(batch, lambda task: load_units(job, task.shard, task.units))
+    yield from each(batch, "load", lambda task: load_units(job, task.shard, task.units))
+
+
+_STAGES: dict[type[Any], metrics.Stage] = {Check: "check", Trial: "attack"}
 
 
 class Optimize:
@@ -188,9 +213,14 @@ class Optimize:
             self.optimizer = Optimizer(job, device)
         except (PipelineError, ValueError) as error:
             self.broken = f"an optimizer cannot start: {error}"
+        export_from_worker()
+        self.clock = metrics.BusyClock()
 
     def __call__(self, batch: Batch) -> Iterator[Batch]:
-        yield from each(batch, self._one)
+        stage = _STAGES.get(type(batch[ITEM][0]), "protect")
+        with self.clock.working(stage, self.job.config.job.method.name):
+            done = list(each(batch, stage, self._one))
+        yield from done
 
     def _one(self, item: Unit | Check | Trial) -> Iterator[Unit | str]:
         if self.optimizer is None:
@@ -206,28 +236,33 @@ class Optimize:
             yield self.optimizer.protect(item)
 
 
+class MeasureChecks(Optimize):
+    """The same actor, by the name under which Ray's dashboard and metrics show those that check."""
+
+
 def store(batch: Batch, job: Job) -> Iterator[Batch]:
     """Stage: a protected unit becomes its stored part and a receipt."""
-    yield from each(batch, lambda unit: iter([store_unit(job, unit)]))
+    yield from each(batch, "store", lambda unit: iter([store_unit(job, unit)]))
 
 
-def prepare(batch: Batch, job: Job) -> Iterator[Batch]:
+def prepare_checks_and_trials(batch: Batch, job: Job) -> Iterator[Batch]:
     """Stage: a shard becomes its checks and its trials."""
-    yield from each(batch, lambda shard: chain(prepare_checks(job, shard), prepare_trials(job, shard)))
+    yield from each(batch, "check", lambda shard: chain(prepare_checks(job, shard), prepare_trials(job, shard)))
 
 
 def gate(batch: Batch, job: Job) -> Iterator[Batch]:
     """Stage: a checked shard becomes the gate's decision on it."""
-    yield from each(batch, lambda shard: iter([(shard, decide(job, shard))]))
+    yield from each(batch, "gate", lambda shard: iter([(shard, decide(job, shard))]))
 
 
 def finalize(batch: Batch, job: Job) -> Iterator[Batch]:
     """Stage: a shard becomes its committed manifest."""
-    yield from each(batch, lambda item: iter([finalize_shard(job, *item)]))
+    yield from each(batch, "commit", lambda item: iter([finalize_shard(job, *item)]))
 
 
-def each(batch: Batch, work: Callable[[Any], Iterator[Any]]) -> Iterator[Batch]:
+def each(batch: Batch, stage: metrics.Stage, work: Callable[[Any], Iterator[Any]]) -> Iterator[Batch]:
     """Applies a stage to the one item of a batch. An item that fails travels on as ``Failed``, past later stages."""
+    export_from_worker()
     (item,) = batch[ITEM]
     if isinstance(item, Failed | Fatal):
         yield _boxed(item)
@@ -236,9 +271,11 @@ def each(batch: Batch, work: Callable[[Any], Iterator[Any]]) -> Iterator[Batch]:
         for result in work(item):
             yield _boxed(result)
     except FatalWorkerError as error:
+        metrics.FAILURES.record(stage=stage, kind="fatal")
         yield _boxed(Fatal(str(error)))
     except (PipelineError, OSError, ValueError, RuntimeError) as error:  # a full disk, a purifier that fails
         exit_on_device_fault(error)
+        metrics.FAILURES.record(stage=stage, kind="shard")
         yield _boxed(Failed(_shard_id(item), f"{type(error).__name__}: {error}"))
 
 
@@ -253,9 +290,10 @@ def _boxed(item: Any) -> Batch:
     return {ITEM: box}
 
 
-def source(items: Sequence[Any]) -> Dataset:
-    """A stream of the items, one per block."""
+def source(items: Sequence[Any], name: str) -> Dataset:
+    """A stream of the items, one per block; Ray's dashboard and metrics show it under the name."""
     stream = ray.data.from_items([{ITEM: item} for item in items], override_num_blocks=len(items))
+    stream.set_name(name)
     # Every row is a block of its own, also the ones that a generator yields: a unit is what Ray schedules.
     stream.context.target_max_block_size = 1
     stream.context.enable_progress_bars = False  # the command shows its own

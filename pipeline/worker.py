@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -12,8 +13,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 
+from pipeline import metrics
 from pipeline.assets import Asset, Unit
 from pipeline.decode import decode, model_view
 from pipeline.errors import AlreadyExists, AssetError, CrashLoop, ErrorInfo, FatalWorkerError, ProtectError
@@ -51,11 +55,13 @@ def load_units(job: Job, shard: Shard, wanted: Sequence[str]) -> Iterator[Unit]:
     """Reads and decodes units of a shard that lie together, one at a time."""
     index = load_index(job.destination(), shard)
     ranges = unit_ids(index, job.config_fp, shard.rung)
-    source = job.source()
+    source, method = job.source(), job.config.job.method.name
+    since = time.perf_counter()
     for name, rows in zip(wanted, read_units(source, index, [ranges[name] for name in wanted]), strict=True):
         unit = Unit(shard_id=shard.shard_id, unit_id=name, rung=shard.rung, assets=rows.assets, customer=rows.customer)
         # Ray repeats this stage for ever when an image kills it, so it has a fuse like the optimizer's.
         attempt = begin(job.destination(), f"loads/{name}", job.run_id)
+        metrics.attempt_begun("load", attempt.number)
         travelling = 0
         for asset in unit.healthy:
             if not attempt.enter(asset.row):
@@ -72,7 +78,10 @@ def load_units(job: Job, shard: Shard, wanted: Sequence[str]) -> Iterator[Unit]:
         attempt.finish()
         for asset, subject in zip(unit.assets, _subjects(job, unit), strict=True):
             asset.subject = subject
+        metrics.READ_BYTES.record(sum(len(asset.data or b"") for asset in unit.assets), method=method)
+        metrics.unit_done("load", method, images=len(unit.assets), since=since)
         yield unit
+        since = time.perf_counter()
 
 
 def _subjects(job: Job, unit: Unit) -> Sequence[str | None]:
@@ -122,8 +131,10 @@ class Optimizer:
         """Fills in ``delta`` and facts of every healthy asset, or its failure. Marks the attempt first."""
         if not unit.healthy:
             return unit
-        run = self.job.config.run
+        run, since = self.job.config.run, time.perf_counter()
         attempt = begin(self.destination, f"attempts/{unit.unit_id}", self.job.run_id, max_deaths=run.max_deaths)
+        metrics.attempt_begun("protect", attempt.number)
+        method, images = self.job.config.job.method.name, len(unit.healthy)
         for asset in unit.healthy:
             asset.attempt, asset.device = attempt.number, self.device
         # An image that did not travel is large: it is decoded alone, so that one of them is in memory at a time.
@@ -138,6 +149,7 @@ class Optimizer:
                 asset.failure = ErrorInfo("protect", CrashLoop.__name__, "the worker died twice on this image")
             asset.view = None  # the next stage decodes at full size
         attempt.finish()
+        metrics.unit_done("protect", method, images=images, since=since)
         return unit
 
     def objective(self, images: Sequence[npt.NDArray[np.uint8]], seed: int, rung: int) -> list[float]:
@@ -293,12 +305,16 @@ def exit_on_device_fault(error: Exception) -> None:
 
 def store_unit(job: Job, unit: Unit) -> Receipt:
     """Encodes, measures and writes the unit's part with one create-only PUT; a part that is there already wins."""
+    since = time.perf_counter()
     attempt = begin(job.destination(), f"stores/{unit.unit_id}", job.run_id)
+    metrics.attempt_begun("store", attempt.number)
     data = build_part(job, unit, attempt)
     attempt.finish()
     # Where another run stored the unit first, its part stays: a finalizer may be reading it.
     with suppress(AlreadyExists):
         job.destination().put_new(unit.part_key, data)
+        _record_part(unit, data, job.config.job.method.name)
+    metrics.unit_done("store", job.config.job.method.name, images=len(unit.assets), since=since)
     failures = [(asset, asset.failure) for asset in unit.assets if asset.failure is not None]
     return Receipt(
         shard_id=unit.shard_id,
@@ -307,3 +323,20 @@ def store_unit(job: Job, unit: Unit) -> Receipt:
         quarantined=[failure.error_type for _, failure in failures],
         example="".join(f"{asset.asset_id}: {failure.message}" for asset, failure in failures[:1]),
     )
+
+
+def _record_part(unit: Unit, data: bytes, method: str) -> None:
+    """Records a part that the store accepted, with what was measured on the bytes in it."""
+    metrics.PARTS_COMMITTED.record(method=method)
+    metrics.WRITTEN_BYTES.record(len(data), method=method, stage="store")
+    columns = ["eps_linf_measured", "psnr"]
+    for row, asset in zip(pq.read_table(pa.BufferReader(data), columns=columns).to_pylist(), unit.assets, strict=True):
+        if asset.failure is not None:
+            metrics.quarantined(asset.failure, method)
+            continue
+        metrics.IMAGES_PROTECTED.record(method=method)
+        metrics.LINF.record(row["eps_linf_measured"], method=method)
+        if row["psnr"] is not None:  # nothing differs
+            metrics.PSNR.record(row["psnr"], method=method)
+        if asset.objective_before is not None and asset.objective_after is not None:
+            metrics.OBJECTIVE_GAIN.record(asset.objective_after - asset.objective_before, method=method)

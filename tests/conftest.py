@@ -132,7 +132,9 @@ def ray_cluster(no_real_aws: None) -> Iterator[str]:
 
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # as the command does where it starts a cluster
     handler = signal.getsignal(signal.SIGTERM)
-    ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_metrics_report_interval_ms", "1000")  # tests of metrics need not wait for ten seconds
+        ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     signal.signal(signal.SIGTERM, handler)
     yield ray.get_runtime_context().gcs_address
     ray.shutdown()

@@ -6,6 +6,7 @@ import uuid
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
+from pipeline import metrics
 from pipeline.job import Job
 from pipeline.plan import Shard
 from pipeline.storage import Store, get_json, put_json_new
@@ -46,8 +47,14 @@ def decide(job: Job, shard: Shard) -> Decision:
     """The decision on a shard whose checks are all stored. Idempotent: the stored decision wins."""
     destination = job.destination()
     document = asdict(_decide(job, shard))
-    _, stored = put_json_new(destination, _key(shard), {"writer_id": uuid.uuid4().hex, **document})
-    return _decision(stored)
+    ours, stored = put_json_new(destination, _key(shard), {"writer_id": uuid.uuid4().hex, **document})
+    decision = _decision(stored)
+    if ours:
+        method = job.config.job.method.name
+        metrics.GATE_DECISIONS.record(method=method, outcome=decision.outcome)
+        if decision.value is not None:
+            metrics.GATE_VALUE.record(decision.value, method=method, metric=decision.metric)
+    return decision
 
 
 def history(destination: Store, shard: Shard) -> list[Decision]:
