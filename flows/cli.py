@@ -19,10 +19,16 @@ from flows.options import (
     METHOD,
     OUTPUT,
     RUN,
+    Certificate,
+    Key,
     Metrics,
+    Mining,
     S3Endpoint,
     S3Profile,
     S3Region,
+    SingleWriter,
+    SubjectColumn,
+    Trust,
     metrics_asked,
     option,
 )
@@ -102,14 +108,7 @@ def protect(
         str | None, option("--precision", panel=METHOD, help="float32 or bfloat16 networks. [default: float32]")
     ] = None,
     prompt: Annotated[str | None, option("--prompt", panel=METHOD, help="Caption for methods that use one.")] = None,
-    subject_column: Annotated[
-        str | None,
-        option(
-            "--subject-column",
-            panel=METHOD,
-            help="Names each image's subject, for methods that train on all of it; sort the archive by it.",
-        ),
-    ] = None,
+    subject_column: SubjectColumn = None,
     seed: Annotated[int | None, option("--seed", panel=METHOD, help="Base seed. [default: 0]")] = None,
     format: Annotated[
         str | None, option("--format", panel=OUTPUT, help="png or webp (lossless), or jpeg. [default: png]")
@@ -120,6 +119,9 @@ def protect(
     check_fraction: Annotated[
         float | None, option("--check-fraction", panel=OUTPUT, help="Share of assets that is checked. [default: 0.02]")
     ] = None,
+    data_mining: Mining = None,
+    certificate: Certificate = None,
+    key: Key = None,
     actors: Annotated[
         int | None, option("--actors", panel=RUN, help="Optimizer actors. [default: one per GPU, or per CPU core]")
     ] = None,
@@ -127,14 +129,7 @@ def protect(
     ray_address: Annotated[
         str | None, option("--ray-address", panel=RUN, help="A running Ray cluster; else one starts here for the run.")
     ] = None,
-    single_writer: Annotated[
-        bool | None,
-        option(
-            "--single-writer",
-            panel=RUN,
-            help="Stores without conditional writes: only one run at a time.",
-        ),
-    ] = None,
+    single_writer: SingleWriter = None,
     s3_endpoint: S3Endpoint = None,
     s3_region: S3Region = None,
     s3_profile: S3Profile = None,
@@ -163,6 +158,9 @@ def protect(
         "job.output.format": format,
         "job.output.resolution": resolution,
         "job.check.fraction": check_fraction,
+        "job.provenance.data_mining": data_mining,
+        "job.provenance.signer.certificate": certificate,
+        "job.provenance.signer.key": key,
         "run.actors": actors,
         "run.device": device,
         "run.ray_address": ray_address,
@@ -201,18 +199,24 @@ def inspect(
     destination: Finished,
     asset: Annotated[str | None, typer.Argument(help="Asset id. Without it, every stored byte is checked.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    trust: Trust = None,
     s3_endpoint: S3Endpoint = None,
     s3_region: S3Region = None,
     s3_profile: S3Profile = None,
 ) -> None:
-    """Show the provenance of an asset and check its hashes again, or check the whole destination."""
+    """Show the provenance of an asset, its hashes and signature checked again, or check the whole destination.
+
+    Exit codes: 0 file, row, rights and signature agree; 1 something does not hold, and is named; 2 cannot be checked.
+    """
     from pipeline.inspection import inspect_asset, verify_destination
+    from pipeline.provenance.signer import read_authorities
 
     store = _open(destination, s3_endpoint, s3_region, s3_profile)
+    authorities = read_authorities(trust) if trust else ""
     if asset is None:
-        results: Any = verify_destination(store)
+        results: Any = verify_destination(store, authorities)
     else:
-        results = inspect_asset(store, asset)
+        results = inspect_asset(store, asset, authorities)
     if as_json:
         console.print_json(json.dumps(results, default=str))
     else:
@@ -253,10 +257,7 @@ def verify(
         ),
     ] = None,
     actors: Annotated[int | None, typer.Option("--actors", help="Attackers. [default: one per GPU or core]")] = None,
-    single_writer: Annotated[
-        bool | None,
-        option("--single-writer", panel=RUN, help="Stores without conditional writes: only one run at a time."),
-    ] = None,
+    single_writer: SingleWriter = None,
     s3_endpoint: S3Endpoint = None,
     s3_region: S3Region = None,
     s3_profile: S3Profile = None,

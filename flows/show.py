@@ -54,6 +54,9 @@ def plan(console: Console, job: Job, found: Plan, cost: Estimate) -> None:
     console.print(f"source: {found.changes}", highlight=False)
     _left_out(console, found)
     console.print(f"method {job.config.job.method.name} {job.ladder[0]}, model {job.model_digest[:12]}")
+    rights = {name: value for name, value in job.fields["provenance"].items() if value is not None}
+    signer = rights.pop("signer", None)
+    console.print(f"rights where an image states none {rights}; signed by {signer['subject'] if signer else 'nobody'}")
     console.print(cost.text, highlight=False)
 
 
@@ -142,11 +145,16 @@ def inspection(console: Console, results: list[dict[str, Any]]) -> None:
     for row in results:
         table = Table(show_header=False)
         for name, value in row.items():
-            if value is not None:
+            if isinstance(value, dict):
+                for key, text in value.items():
+                    table.add_row(f"{name}: {key}", escape(str(text)))
+            elif value is not None:
                 table.add_row(name, escape(str(value)))
         console.print(table)
     if any(row.get("status") != "quarantined" for row in results):
         console.print("every hash was computed again from the stored bytes and agrees", style="green")
+    if any("content credentials" in row or row.get("signed") for row in results):
+        console.print("every signature holds, and its manifest says what row and XMP say", style="green")
 
 
 def methods(console: Console) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from pipeline.decode import DecodeLimits
-from pipeline.encode import pixel_sha256_of_bytes
+from pipeline.decode import DecodeLimits, decode
+from pipeline.encode import pixel_sha256
 from pipeline.errors import IntegrityError, NotFound, UserError
 from pipeline.ids import sha256_hex
 from pipeline.manifest import (
@@ -22,6 +22,8 @@ from pipeline.manifest import (
     success_manifests,
 )
 from pipeline.plan import BINDING_KEY, Shard
+from pipeline.provenance.credentials import check_credentials, read_credentials
+from pipeline.provenance.rights import rights_in
 from pipeline.storage import Store, get_json, stored_sha256
 
 EXAMPLES = 5
@@ -90,19 +92,24 @@ def quarantined_rows(destination: Store, manifest: Manifest) -> list[dict[str, A
     return rows
 
 
-def inspect_asset(destination: Store, asset_id: str) -> list[dict[str, Any]]:
-    """The rows of an asset without their bytes, every hash computed again from what is stored.
+def inspect_asset(destination: Store, asset_id: str, authorities: str = "") -> list[dict[str, Any]]:
+    """The rows of an asset without their bytes, with the rights and credentials of the file; all checked again.
+
+    Args:
+        destination: The destination.
+        asset_id: The asset.
+        authorities: PEM certificates; where given, a signature must be by someone whom one of them vouches for.
 
     Raises:
-        UserError: No such asset.
+        UserError: No such asset, or a signature that cannot be checked here.
         IntegrityError: Stored bytes are not what the row says.
     """
     found: list[dict[str, Any]] = []
     for manifest in success_manifests(destination):
         for row in rows_of(destination, manifest, only=asset_id):
-            _check_row(row)
+            said = _check_row(row, authorities)
             image = row.pop("image")
-            found.append({"status": "protected", "shard_id": manifest.shard_id, "file": image["path"], **row})
+            found.append({"status": "protected", "shard_id": manifest.shard_id, "file": image["path"], **row, **said})
         found += [
             {"status": "quarantined", **row}
             for row in quarantined_rows(destination, manifest)
@@ -113,31 +120,52 @@ def inspect_asset(destination: Store, asset_id: str) -> list[dict[str, Any]]:
     return found
 
 
-def _check_row(row: dict[str, Any]) -> None:
-    data = row["image"]["bytes"]
+def _check_row(row: dict[str, Any], authorities: str) -> dict[str, Any]:
+    """Holds the stored file, its XMP and its signed manifest against the row; returns what the two say."""
+    name, data = row["asset_id"], row["image"]["bytes"]
     if sha256_hex(data) != row["protected_sha256"]:
-        raise IntegrityError(f"{row['asset_id']}: its stored bytes do not match protected_sha256")
-    limits = DecodeLimits(max_pixels=max(1, row["width"] * row["height"]), min_side=7)
-    if pixel_sha256_of_bytes(data, limits) != row["pixel_sha256"]:
-        raise IntegrityError(f"{row['asset_id']}: its stored pixels do not match pixel_sha256")
+        raise IntegrityError(f"{name}: its stored bytes do not match protected_sha256")
+    stored = decode(data, limits=DecodeLimits(max_pixels=max(1, row["width"] * row["height"]), min_side=7))
+    if pixel_sha256(stored) != row["pixel_sha256"]:
+        raise IntegrityError(f"{name}: its stored pixels do not match pixel_sha256")
+    rights = rights_in(stored.metadata.xmp)
+    if row.get("data_mining") != rights.get("data mining") and "data_mining" in row:
+        raise IntegrityError(f"{name}: plus:DataMining of its XMP does not match data_mining")
+    if row.get("c2pa_manifest") is None:
+        return {"rights": rights}
+    credentials = read_credentials(data, f"image/{stored.source_format.lower()}", trust_anchors=authorities)
+    if credentials is None:
+        raise IntegrityError(f"{name}: its file does not hold the C2PA manifest that its row names")
+    if problems := check_credentials(credentials, row, stored.metadata.xmp):
+        raise IntegrityError(f"{name}: {'; '.join(problems)}")
+    return {
+        "rights": rights,
+        "content credentials": {
+            "signature": "valid" if credentials.trusted is None else "valid, its signer trusted",
+            "signed by": f"{credentials.signed_by}, certificate {credentials.serial}",
+            **{key.removeprefix("cawg."): use["use"] for key, use in (credentials.training_mining or {}).items()},
+        },
+    }
 
 
-def verify_destination(destination: Store) -> list[dict[str, Any]]:
-    """Checks every published byte: manifests, data files, rows, pixels; one line per shard.
+def verify_destination(destination: Store, authorities: str = "") -> list[dict[str, Any]]:
+    """Checks every published byte: manifests, data files, rows, pixels, rights, signatures; one line per shard.
 
     Raises:
+        UserError: A signature cannot be checked here.
         IntegrityError: Something is not what its manifest says; the message names it.
     """
-    return [_verify_shard(destination, manifest) for manifest in success_manifests(destination)]
+    return [_verify_shard(destination, manifest, authorities) for manifest in success_manifests(destination)]
 
 
-def _verify_shard(destination: Store, manifest: Manifest) -> dict[str, Any]:
+def _verify_shard(destination: Store, manifest: Manifest, authorities: str) -> dict[str, Any]:
     for entry in (manifest.data, manifest.quarantine):
         if entry is not None and stored_sha256(destination, entry["key"]) != entry["sha256"]:
             raise IntegrityError(f"{destination.url}/{entry['key']} does not match its manifest")
     identities: list[tuple[str | None, ...]] = []
+    signed = 0
     for row in rows_of(destination, manifest):
-        _check_row(row)
+        signed += "content credentials" in _check_row(row, authorities)
         identities.append((row["asset_id"], row["pixel_sha256"], "protected", row["config_fingerprint"]))
     for row in quarantined_rows(destination, manifest):
         identities.append((row["asset_id"], None, "quarantined", row["config_fingerprint"]))
@@ -150,5 +178,6 @@ def _verify_shard(destination: Store, manifest: Manifest) -> dict[str, Any]:
         "protected": manifest.rows_ok,
         "quarantined": manifest.rows_quarantined,
         "logical_sha256": manifest.logical_sha256,
-        "checked": "manifest, files, rows and pixels agree",
+        "signed": signed,
+        "checked": f"manifest, files, rows, pixels, rights{' and signatures' if signed else ''} agree",
     }

@@ -67,11 +67,21 @@ def open_signer(settings: SignerSettings) -> tuple[Any, Any]:
         if settings.callback is not None:
             kind, call = c2pa.C2paSigningAlg[algorithm.upper()], _callback(settings.callback)
             return c2pa.Signer.from_callback(call, kind, chain.decode(), settings.timestamp_url), context
-        key = _read(str(settings.key), "key")
+        key = _read(str(settings.key))
         found = c2pa.Signer.from_info(c2pa.C2paSignerInfo(algorithm, chain, key, settings.timestamp_url))
     except (c2pa.C2paError, ValueError) as error:
         raise UserError(f"the signer with certificate {path} cannot be used: {error}") from error
     return found, context
+
+
+def read_authorities(path: Path) -> str:
+    """The PEM certificates of a file.
+
+    Raises:
+        UserError: It holds none.
+    """
+    _leaf(str(path))
+    return path.read_text()
 
 
 def c2pa_library() -> Any:
@@ -93,9 +103,9 @@ def _leaf(path: str) -> Certificate:
     from cryptography import x509
 
     try:
-        return x509.load_pem_x509_certificates(_read(path, "certificate"))[0]
+        return x509.load_pem_x509_certificates(_read(path))[0]
     except ValueError as error:
-        raise UserError(f"{path} holds no PEM certificate: give the chain as PEM, the signer's own first") from error
+        raise UserError(f"{path} holds no PEM certificate (of a chain, the signer's own stands first)") from error
 
 
 def _algorithm(certificate: Certificate) -> str:
@@ -113,11 +123,11 @@ def _algorithm(certificate: Certificate) -> str:
     raise UserError("C2PA signs with P-256, P-384, P-521, RSA or Ed25519 keys; this certificate has another one")
 
 
-def _read(path: str, what: str) -> bytes:
+def _read(path: str) -> bytes:
     try:
         return Path(path).read_bytes()
     except OSError as error:
-        raise UserError(f"the signer's {what} {path} cannot be read here: {error.strerror}") from error
+        raise UserError(f"{path} cannot be read on this machine: {error.strerror}") from error
 
 
 def _callback(name: str) -> Callable[[bytes], bytes]:
