@@ -21,6 +21,7 @@ from flows.options import (
     RUN,
     Certificate,
     Key,
+    Lineage,
     Metrics,
     Mining,
     S3Endpoint,
@@ -129,6 +130,7 @@ def protect(
     ray_address: Annotated[
         str | None, option("--ray-address", panel=RUN, help="A running Ray cluster; else one starts here for the run.")
     ] = None,
+    lineage: Lineage = None,
     single_writer: SingleWriter = None,
     s3_endpoint: S3Endpoint = None,
     s3_region: S3Region = None,
@@ -164,6 +166,7 @@ def protect(
         "run.actors": actors,
         "run.device": device,
         "run.ray_address": ray_address,
+        "run.lineage": lineage,
         "run.single_writer": single_writer,
         "run.s3.endpoint_url": s3_endpoint,
         "run.s3.region": s3_region,

@@ -55,6 +55,14 @@ SubjectColumn = Annotated[
         help="Names each image's subject, for methods that train on all of it; sort the archive by it.",
     ),
 ]
+Lineage = Annotated[
+    str | None,
+    option(
+        "--lineage",
+        panel=RUN,
+        help="OpenLineage events to file:///... or http(s)://host. \\[default: where OPENLINEAGE_URL says]",
+    ),
+]
 SingleWriter = Annotated[
     bool | None,
     option("--single-writer", panel=RUN, help="Stores without conditional writes: only one run at a time."),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ from pipeline.config import JobConfig
 from pipeline.croissant import write_card
 from pipeline.errors import PipelineError, StorageError
 from pipeline.job import Job
+from pipeline.lineage import Written, lineage
 from pipeline.manifest import Manifest, read_commits, read_manifests, read_success, says
 from pipeline.plan import Plan, Shard, plan_columns
 from pipeline.run import Tally, Task, cut_waves, prepare, publish, raised
@@ -167,11 +168,11 @@ def protect_archive(config: JobConfig) -> Outcome:
         UserError: The job cannot run as configured.
         RunIncomplete: It ended with problems; holds the outcome.
     """
-    with logged(get_run_logger().info):
-        return _protect(config)
+    with logged(get_run_logger().info), lineage(config, observer().note) as wrote:
+        return _protect(config, wrote)
 
 
-def _protect(config: JobConfig) -> Outcome:
+def _protect(config: JobConfig, wrote: Callable[[Written], object]) -> Outcome:
     job, plan = plan_archive(config)
     observer().note(f"source: {plan.changes}")
     tally = Tally(run=config.run, assets=plan.rows)
@@ -183,6 +184,7 @@ def _protect(config: JobConfig) -> Outcome:
     outcome = Outcome(job=job, plan=plan, tally=tally)
     publish_results(outcome)
     publish_artifacts(outcome)
+    wrote(Written(job=job, plan=plan, manifests=outcome.manifests))
     if outcome.problems:
         raise RunIncomplete(outcome)
     return outcome

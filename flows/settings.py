@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from pipeline.config import JobConfig, VerifyConfig
 from pipeline.errors import UserError
 from pipeline.settings_yaml import read_yaml
+from pipeline.storage import public_url
 
 Config = TypeVar("Config", JobConfig, VerifyConfig)
 
@@ -60,7 +61,7 @@ def _plain(model: Any, item: Any) -> str:
         for part in item["loc"][:-1]:
             model = model.model_fields[part].annotation
         return f"{where}: no such setting; there are {', '.join(model.model_fields)}"
-    return f"{where}: {item['msg']} (got {item.get('input')!r})"
+    return f"{where}: {item['msg']} (got {public_url(repr(item.get('input')))})"
 
 
 def overrides_of(values: list[str] | None) -> dict[str, Any] | None:

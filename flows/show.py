@@ -13,6 +13,7 @@ from rich.table import Table
 
 from flows.verify_table import verdicts
 from pipeline.errors import UserError
+from pipeline.lineage import lineage_target
 from pipeline.storage import join_url
 from protectors.loading import model_source
 from protectors.registry import UnknownProtector, protector_class, protector_names
@@ -58,6 +59,8 @@ def plan(console: Console, job: Job, found: Plan, cost: Estimate) -> None:
     signer = rights.pop("signer", None)
     console.print(f"rights where an image states none {rights}; signed by {signer['subject'] if signer else 'nobody'}")
     console.print(cost.text, highlight=False)
+    if (target := lineage_target(job.config)) is not None:
+        console.print(f"lineage events go to {target}", highlight=False, markup=False)
 
 
 def _left_out(console: Console, found: Plan) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -33,6 +34,18 @@ RightsText = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
 RightsUrl = Annotated[str, StringConstraints(pattern=r"^https?://\S+$", max_length=1000)]
 LocalFile = Annotated[str, AfterValidator(lambda path: str(Path(path).expanduser().absolute()))]
 """Absolute, since workers do not start in the folder of the command."""
+
+
+def _lineage_url(url: str) -> str:
+    if not re.fullmatch(r"(file:///[^\s]+|https?://[^\s@?/]+(/[^\s@?]*)?)", url):
+        raise ValueError(
+            "give file:///folder/events.jsonl or http(s)://host, without user, password or query; "
+            "a key goes into OPENLINEAGE_API_KEY"
+        )
+    return url
+
+
+LineageUrl = Annotated[str, AfterValidator(_lineage_url)]
 
 
 class _Settings(BaseModel):
@@ -296,6 +309,10 @@ class RunSettings(_Settings):
     """Up to this many quarantined assets are always tolerated."""
     max_deaths: Annotated[int, Field(ge=1)] = 20
     """Deaths of workers in one run after which the machine counts as ill."""
+    lineage: LineageUrl | None = None
+    """Where OpenLineage events go: file:///folder/events.jsonl, or http(s)://host (OPENLINEAGE_API_KEY is sent).
+    None: where OPENLINEAGE_URL or the other variables of OpenLineage say; nowhere without them.
+    """
     pictures: Annotated[int, Field(ge=0, le=16)] = 4
     """Protected images that the run's page in Prefect shows, small, with what was changed in them; 0: none. Prefect's
     database may be a hosted one. Originals never get there.

@@ -11,6 +11,7 @@ from pipeline.config import JobConfig, RunSettings
 from pipeline.croissant import write_card
 from pipeline.errors import FatalWorkerError, StorageError, UserError
 from pipeline.job import Job, archive_store, code_version, destination_store, find_model, resolve
+from pipeline.lineage import check_lineage
 from pipeline.manifest import Manifest, publish_success
 from pipeline.plan import Plan, Shard, bind, check_binding, load_index, make_plan, publish_plan, unit_ids
 from pipeline.shard_index import schema_from_text
@@ -90,6 +91,7 @@ def preflight(config: JobConfig) -> None:
             "Choose a destination outside the source."
         )
     find_model(config)
+    check_lineage(config)
     try:
         if next(source.list(key), None) is None:
             raise UserError(
