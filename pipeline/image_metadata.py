@@ -128,11 +128,7 @@ def read_metadata(image: ImageFile.ImageFile, data: bytes) -> ImageMetadata:
     exif = _clean_exif(_exif_block(image, data, dropped), dropped)
     dpi = _valid_dpi(image.info.get("dpi")) or _dpi_of(exif)
     xmp = image.info.get("xmp") or image.info.get("XML:com.adobe.xmp")
-    records = {
-        key: values
-        for key, values in iptc_records(image, dropped).items()
-        if not any(map(_hides_picture, values if isinstance(values, list) else [values]))
-    }
+    records = iptc_records(image, _hides_picture, dropped)
     clean = _clean_xmp(xmp.encode() if isinstance(xmp, str) else xmp, dropped) if xmp else None
     return ImageMetadata(
         exif=exif,

@@ -99,7 +99,10 @@ def sign(data: bytes, edit: Edit, settings: SignerSettings) -> tuple[bytes, Cred
     try:
         signed = _signed(data, edit.mime, _definition(edit), signer, context)
     except c2pa.C2paError as error:
-        check_signer(settings)
+        try:
+            check_signer(settings)
+        except UserError as wrong:
+            raise FatalWorkerError(f"{wrong}; what is done stays") from wrong
         raise EncodeError(f"the image cannot be signed: {error}") from error
     found = read_credentials(signed, edit.mime)
     if found is None or found.failures or found.pictures:
@@ -111,7 +114,7 @@ def check_signer(settings: SignerSettings) -> None:
     """Signs a pixel.
 
     Raises:
-        FatalWorkerError: That fails.
+        UserError: That fails.
     """
     c2pa = c2pa_library()
     try:
@@ -120,11 +123,10 @@ def check_signer(settings: SignerSettings) -> None:
         Image.new("L", (1, 1)).save(pixel, "PNG")
         definition = {"claim_generator_info": [{"name": "fixative"}], "assertions": [created]}
         _signed(pixel.getvalue(), "image/png", definition, signer, context)
-    except (c2pa.C2paError, UserError) as error:
-        raise FatalWorkerError(
+    except c2pa.C2paError as error:
+        raise UserError(
             f"nothing can be signed with certificate {settings.certificate}: {error}. Mend job.provenance.signer (an "
-            "expired certificate, a key of another one, a time-stamp authority that does not answer?) and run again; "
-            "what is done stays."
+            "expired certificate, a key of another one, a time-stamp authority that does not answer?) and run again"
         ) from error
 
 

@@ -7,7 +7,7 @@ IPTC Photo Metadata Standard, which gives both spellings of each field.
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from PIL import ImageFile, IptcImagePlugin
 
@@ -41,13 +41,16 @@ _TEXTS = {5: "Title", 80: "Author", 116: "Copyright", 120: "Description"}
 _SILENT = {(1, 0), (1, 90), (2, 0)}  # versions and character set: they describe the block
 
 
-def iptc_records(image: ImageFile.ImageFile, dropped: list[str]) -> Records:
-    """The records of an image's block; empty where there is none or it cannot be read."""
+def iptc_records(image: ImageFile.ImageFile, forbidden: Callable[[bytes], bool], dropped: list[str]) -> Records:
+    """The records of an image's block without forbidden values; empty where there is none or it cannot be read."""
     try:
-        return IptcImagePlugin.getiptcinfo(image) or {}
+        found = IptcImagePlugin.getiptcinfo(image) or {}
     except (SyntaxError, ValueError, KeyError, IndexError, TypeError, struct.error, OSError):
         dropped.append("IPTC-IIM (unreadable)")
         return {}
+    bad = [key for key, raw in found.items() if any(map(forbidden, raw if isinstance(raw, list) else [raw]))]
+    dropped += [f"IPTC-IIM {record}:{number}" for record, number in bad]
+    return {key: raw for key, raw in found.items() if key not in bad}
 
 
 def iptc_texts(records: Records) -> tuple[tuple[str, str], ...]:
