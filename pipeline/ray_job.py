@@ -147,6 +147,13 @@ def _pool(run: RunSettings) -> Pool:
     return Pool(actors, device)
 
 
+def _room(pool: Pool) -> int:
+    """How many of the pool's actors the cluster has room for now, with what runs beside them; at least one."""
+    has = ray.cluster_resources()
+    cpus = int(has.get("CPU", 0.0) - SPARE_CPUS)
+    return max(1, min(cpus, int(has.get("GPU", 0))) if pool.device == "cuda" else cpus)
+
+
 def protect_units(job: Job, pool: Pool, tasks: Sequence[Task]) -> Iterator[Receipt | Failed]:
     """Protects units and stores their parts; yields a receipt as each is done, in no particular order."""
     stream = source(tasks, "protect").map_batches(load, batch_size=1, num_cpus=LOAD_CPUS, fn_kwargs={"job": job})
@@ -303,11 +310,15 @@ def source(items: Sequence[Any], name: str) -> Dataset:
 
 
 def on_actors(stream: Dataset, stage: type[Any], pool: Pool, **arguments: Any) -> Dataset:
-    """Adds a stage that runs on the pool's actors, each of which is made with the arguments and its device."""
+    """Adds a stage that runs on the pool's actors, each of which is made with the arguments and its device.
+
+    On a cluster that has lost nodes since, there are fewer: actors on its last CPU would wait for ever for the tasks
+    that feed them.
+    """
     return stream.map_batches(
         stage,
         batch_size=1,
-        compute=ActorPoolStrategy(size=pool.actors, max_tasks_in_flight_per_actor=IN_FLIGHT),
+        compute=ActorPoolStrategy(size=min(pool.actors, _room(pool)), max_tasks_in_flight_per_actor=IN_FLIGHT),
         fn_constructor_kwargs={**arguments, "device": pool.device},
         **pool.resources,
     )
