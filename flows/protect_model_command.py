@@ -78,11 +78,14 @@ def protect_model(
         _what("--images", help="Use at most so many photos of each, the first by name; test with the others.", min=1),
     ] = None,
     method: Annotated[
-        str, _method("--method", help="apdm; imma, to compare with; naive, APDM's negative control.")
+        str, _method("--method", help="apdm; anchored, our own; imma, to compare with; naive, APDM's negative control.")
     ] = "apdm",
     preset: Annotated[
         str | None,
-        _method("--preset", help="paper, fast or strong; apdm: or extended. (Default: fast on nano-sd, else paper.)"),
+        _method(
+            "--preset",
+            help="paper, fast or strong; apdm and anchored: or extended. (Default: fast on nano-sd, else paper.)",
+        ),
     ] = None,
     overrides: Annotated[
         list[str] | None,

@@ -104,15 +104,22 @@ class APDM(LearningToProtect[APDMConfig]):
         ),
     }
 
+    def _thirds(self) -> tuple[int, int]:
+        return (0, 3) if self.config.preservation_weight > 0 else (0, 2)
+
     def _loss(self, study: Study, sample: Sample) -> ProtectionLoss:
         config = self.config
-        positive, negative, prior = squared_error(self.model, sample.latents, sample.embeddings, sample.draws).chunk(3)
-        pairs = sample.rows(0, 2)
+        errors = squared_error(self.model, sample.latents, sample.embeddings, sample.draws)
+        positive, negative, *prior = torch.split(errors, config.batch)
+        pairs = sample.rows(0, 2) if prior else sample
         with torch.no_grad():
             before = squared_error(study.reference, pairs.latents, pairs.embeddings, pairs.draws).chunk(2)
         margin = preference_margin(
             PairErrors(positive=positive, negative=negative), PairErrors(positive=before[0], negative=before[1])
         )
         dpo = dpo_loss(margin, beta=config.beta, reduction=config.dpo_reduction)
-        total = dpo + config.preservation_weight * prior.mean()
-        return ProtectionLoss(total=total, parts={"dpo": dpo, "margin": margin, "prior": prior})
+        parts = {"dpo": dpo, "margin": margin}
+        if not prior:
+            return ProtectionLoss(total=dpo, parts=parts)
+        total = dpo + config.preservation_weight * prior[0].mean()
+        return ProtectionLoss(total=total, parts={**parts, "prior": prior[0]})

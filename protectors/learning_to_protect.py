@@ -5,6 +5,7 @@ Section 4.3 and algorithm 1 of APDM (https://arxiv.org/abs/2511.01307).
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -17,14 +18,15 @@ from torch import Tensor
 from protectors.base import Batch
 from protectors.concepts import CachedConcept, Words
 from protectors.config import LATE, require
-from protectors.dreambooth import Deck, DreamBooth, SurrogateConfig
+from protectors.dreambooth import Deck, DreamBooth, SurrogateConfig, class_latents
 from protectors.model_base import ModelProtector, ModelProtectorConfig, Study
 from protectors.objectives import Draws, draw_for, joined
 from protectors.randomness import integers, streams
+from protectors.retention import retention_loss
 from protectors.surrogate import FullSurrogate, LoraSurrogates, Surrogates
 
 Attacker = Literal["full", "cross_attention", "lora"]
-GradientPoint = Literal["after", "before"]
+GradientPoint = Literal["after", "before", "last"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +47,8 @@ class LearningToProtectConfig(ModelProtectorConfig):
     prior_weight: float = 1.0
     # Weight of the protection's loss on class images, which keeps the class as it is.
     preservation_weight: float = 1.0
-    # Gradients are taken after each step of the attacker, as algorithm 1 has it, or before it, as equation 18 does.
+    # Gradients are taken after each step of the attacker, as algorithm 1 has it, or before it, as equation 18 does; or
+    # only once, after the last one, so that he gets further in the same time.
     gradient_point: GradientPoint = "after"
     # The released code never clears the attacker's own gradient, so it is part of what the protected weights descend
     # on. For comparison only: it trains the subject in.
@@ -57,6 +60,19 @@ class LearningToProtectConfig(ModelProtectorConfig):
     inner_state_reset: Literal["fresh", "carried"] = field(default="fresh", metadata=LATE)
     # Timesteps of the attacker's images of subject and class: one each, or one for both as in APDM's released code.
     t_sharing: Literal["independent", "code"] = field(default="independent", metadata=LATE)
+    # 0: every update simulates a new attack, from the protected weights. Else an attack goes on from update to update,
+    # what it has changed on top of the protected weights as they are by then, until it took so many steps.
+    attack_length: int = field(default=0, metadata=LATE)
+    # Positives are one for each image of the subject, as in the paper, or drawn from the images of the class.
+    pair_source: Literal["fresh", "class"] = field(default="fresh", metadata=LATE)
+    # Share of the schedule below which pairs are not drawn. Near the noise it is decided what a picture will show, and
+    # errors are so small there that draws over all of it hardly weigh them.
+    pairs_from: float = field(default=0.0, metadata=LATE)
+    # Weight of the protected weights' difference from the given ones in what they predict on other things (see
+    # ``retention_loss``); pictures that the model draws for it without a prompt; how many of them each update takes.
+    retention_weight: float = field(default=0.0, metadata=LATE)
+    kept_images: int = field(default=0, metadata=LATE)
+    retention_batch: int = field(default=8, metadata=LATE)
     # These images go through the UNet together: better use of a GPU, another rounding.
     one_pass: bool = field(default=False, metadata=LATE)
 
@@ -67,12 +83,21 @@ class LearningToProtectConfig(ModelProtectorConfig):
         fits = len(self.attacker_rates) == len(self.attackers) and all(rate >= 0 for rate in self.attacker_rates)
         require(fits, "attacker_rates", self.attacker_rates, "give each of the attackers a rate of 0 or more")
         require(self.batch >= 1, "batch", self.batch, "use 1 or more")
-        for name in ("prior_weight", "preservation_weight"):
+        for name in ("prior_weight", "preservation_weight", "retention_weight"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "use 0 or more")
         attacked = self.inner_steps > 0
-        require(attacked or self.gradient_point == "after", "gradient_point", "before", "needs inner_steps above 0")
+        point = self.gradient_point
+        require(attacked or point == "after", "gradient_point", point, "needs inner_steps above 0")
         fresh = self.inner_state_reset == "fresh"
         require(attacked or fresh, "inner_state_reset", "carried", "needs inner_steps above 0")
+        long = self.attack_length == 0 or (fresh and 0 < self.inner_steps <= self.attack_length)
+        require(
+            long, "attack_length", self.attack_length, "use 0, or inner_steps or more, with inner_state_reset fresh"
+        )
+        require(0 <= self.pairs_from < 1, "pairs_from", self.pairs_from, "use 0 or more, less than 1")
+        drawn = self.kept_images >= 1 if self.retention_weight > 0 else self.kept_images == 0
+        require(drawn, "kept_images", self.kept_images, "use 1 or more with a retention_weight, and 0 without")
+        require(self.retention_batch >= 1, "retention_batch", self.retention_batch, "use 1 or more")
         whole = attacked and self.attackers == ("full",)
         require(whole or not self.compat_grad_leak, "compat_grad_leak", True, "needs the full attacker alone")
 
@@ -127,7 +152,9 @@ class LearningToProtect(ModelProtector[ConfigT]):
         config, seed = self.config, study.draw_seed(step)
         turn, place = divmod(step, len(study.concepts))
         concept, number = study.concepts[place], turn % len(config.attackers)
-        words = _drawn_words(concept, seed)
+        # An attacker keeps to the words that his attack began with.
+        age = turn // len(config.attackers) % self._updates
+        words = _drawn_words(concept, study.draw_seed(step - age * len(config.attackers) * len(study.concepts)))
         deal = self._dealer(concept, words, seed)
         named = zip(study.named.items(), gradient, strict=True)
         weights, sums = zip(*((weight, part) for (name, weight), part in named if self._trains(name)), strict=True)
@@ -136,9 +163,15 @@ class LearningToProtect(ModelProtector[ConfigT]):
         def note(name: str, value: Tensor) -> None:
             log.setdefault(name, []).append(value.detach().mean())
 
+        if config.retention_weight > 0:
+            # Here the copy holds the protected weights: what is kept is what they do, not what an attacker makes of it.
+            with _differentiable(weights), self._autocast():
+                retention = self._retention(study, concept, words, seed)
+                _add(sums, torch.autograd.grad(config.retention_weight * retention, weights))
+            note("retention", retention)
         with (
             self._attacker(study, config.attackers[number], seed) as attacker,
-            self._carried(study, f"{place}/{number}/", attacker) as moments,
+            self._carried(study, f"{place}/{number}/", attacker, begins=age == 0) as moments,
         ):
 
             def visit() -> None:
@@ -156,7 +189,7 @@ class LearningToProtect(ModelProtector[ConfigT]):
 
             def lesson(inner: int) -> Tensor:
                 # `fit` asks for the loss right after the step before, so that "after" lags by one.
-                if config.gradient_point == "before" or inner > 0:
+                if config.gradient_point == "before" or (config.gradient_point == "after" and inner > 0):
                     visit()
                 with self._autocast():
                     loss = school.loss(concept.moments, school.original_decks)
@@ -169,11 +202,11 @@ class LearningToProtect(ModelProtector[ConfigT]):
             with attacker.owned([0] * (kinds * config.batch)):
                 rate = config.attacker_rates[number]
                 attacker.fit(lesson, steps=config.inner_steps, rate=rate, moments=moments)
-            if config.gradient_point == "after":
+            if config.gradient_point != "before":
                 visit()
         if config.accumulation == "mean":
             for part in sums:
-                part.div_(max(1, config.inner_steps))
+                part.div_(1 if config.gradient_point == "last" else max(1, config.inner_steps))
         return {name: float(torch.stack(values).mean()) for name, values in log.items()}
 
     def _attacker(self, study: Study, kind: Attacker, seed: int) -> AbstractContextManager[Surrogates]:
@@ -182,19 +215,47 @@ class LearningToProtect(ModelProtector[ConfigT]):
         # Not entered: the frame puts the weights back, once.
         return nullcontext(study.copy if kind == "full" else _KeysAndValues(self.model))
 
+    @property
+    def _updates(self) -> int:
+        """How many updates one attack lasts."""
+        return max(1, math.ceil(self.config.attack_length / max(1, self.config.inner_steps)))
+
+    def _retention(self, study: Study, concept: CachedConcept, words: Words, seed: int) -> Tensor:
+        return retention_loss(
+            self.model,
+            study.reference,
+            class_latents(study.reference, "", self.config.kept_images),
+            concept.class_latents,
+            words,
+            batch=self.config.retention_batch,
+            seed=seed,
+        )
+
     @contextmanager
-    def _carried(self, study: Study, owner: str, attacker: Surrogates) -> Iterator[dict[str, Tensor] | None]:
-        """Within it the attacker has what was his own after his last attack, and AdamW's moments of then."""
-        if self.config.inner_state_reset == "fresh":
+    def _carried(
+        self, study: Study, owner: str, attacker: Surrogates, *, begins: bool
+    ) -> Iterator[dict[str, Tensor] | None]:
+        """Within it the attacker has what was his own after his last steps, and AdamW's moments of then."""
+        goes_on = self.config.attack_length > 0
+        if not goes_on and self.config.inner_state_reset == "fresh":
             yield None
             return
-        kept = {name.removeprefix(owner): value for name, value in study.memory.items() if name.startswith(owner)}
-        deltas = attacker.parameters if isinstance(attacker, LoraSurrogates) else []
+        names = [name for name in study.memory if name.startswith(owner)]
+        if goes_on and begins:
+            for name in names:
+                del study.memory[name]
+            names = []
+        kept = {name.removeprefix(owner): study.memory[name] for name in names}
+        # What he has changed: low-rank deltas begin at nothing, weights of the model at the protected ones.
+        adapter = isinstance(attacker, LoraSurrogates)
+        changed = attacker.parameters if adapter or goes_on else []
+        starts = [torch.zeros_like(weight) if adapter else weight.clone() for weight in changed]
         if kept:
-            for number, delta in enumerate(deltas):
-                delta.copy_(kept[f"delta/{number}"])
+            for number, (weight, start) in enumerate(zip(changed, starts, strict=True)):
+                weight.copy_(start + kept[f"delta/{number}"].to(weight.device))
         yield kept
-        kept |= {f"delta/{number}": delta for number, delta in enumerate(deltas)}
+        pairs = enumerate(zip(changed, starts, strict=True))
+        kept |= {f"delta/{number}": weight - start for number, (weight, start) in pairs}
         study.memory.update({owner + name: value for name, value in kept.items()})
 
     def _school(self, attacker: Surrogates, concept: CachedConcept, words: Words, seed: int) -> DreamBooth:
@@ -231,16 +292,25 @@ class LearningToProtect(ModelProtector[ConfigT]):
         pairs = Deck(range(len(concept.positives)), generator)
         numbers = Deck(range(len(concept.class_latents)), generator)
         mean, logvar = concept.moments
-        shape = mean.shape[1:]
+        shape, steps = mean.shape[1:], model.schedule.timesteps
+        noisy = (int(self.config.pairs_from * steps), steps - 1)
         embeddings = model.embed_prompts([words.instance] * (2 * size) + [words.general] * size)
+
+        drawn = Deck(range(len(concept.class_latents)), generator)
+
+        def positives(places: list[int]) -> Tensor:
+            if self.config.pair_source == "fresh":
+                return concept.positives[places]
+            return concept.class_latents[[drawn.deal() for _ in places]]
 
         def deal() -> Sample:
             places = [pairs.deal() for _ in range(size)]
             classes = [numbers.deal() for _ in range(size)]
-            pair, other = draw_for(model, shape, generators), draw_for(model, shape, generators)
+            pair = draw_for(model, shape, generators, t_range=noisy)
+            other = draw_for(model, shape, generators)
             negatives = model.latents((mean[places], logvar[places]), pair.posterior)
             return Sample(
-                latents=torch.cat([concept.positives[places], negatives, concept.class_latents[classes]]),
+                latents=torch.cat([positives(places), negatives, concept.class_latents[classes]]),
                 embeddings=embeddings,
                 draws=joined([pair, pair, other]),
             )

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from protectors.model_base import ModelProtector
 
 _MODEL_PROTECTORS = {
+    "anchored": "protectors.anchored:Anchored",
     "apdm": "protectors.apdm:APDM",
     "imma": "protectors.imma:IMMA",
     "naive": "protectors.naive:Naive",

@@ -27,6 +27,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 # Overrides of the "fast" preset that keep a test under a second on the tiny model.
 SMALL: dict[str, dict[str, Any]] = {
+    "anchored": {"steps": 2, "inner_steps": 2, "batch": 1, "class_images": 2, "kept_images": 2, "retention_batch": 1},
     "apdm": {"steps": 2, "inner_steps": 2, "batch": 1, "class_images": 2},
     "imma": {"steps": 2, "batch": 1},
     "naive": {"steps": 2, "batch": 1, "class_images": 2},
