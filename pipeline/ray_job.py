@@ -157,7 +157,7 @@ def _room(pool: Pool) -> int:
 def protect_units(job: Job, pool: Pool, tasks: Sequence[Task]) -> Iterator[Receipt | Failed]:
     """Protects units and stores their parts; yields a receipt as each is done, in no particular order."""
     stream = source(tasks, "protect").map_batches(load, batch_size=1, num_cpus=LOAD_CPUS, fn_kwargs={"job": job})
-    stream = on_actors(stream, Optimize, pool, job=job)
+    stream = on_actors(stream, Protect, pool, job=job)
     stream = stream.map_batches(store, batch_size=1, num_cpus=STORE_CPUS, fn_kwargs={"job": job})
     method, images = job.config.job.method.name, sum(task.rows for task in tasks)
     metrics.LAST_COMMIT.record(time.time())
@@ -191,9 +191,7 @@ def decide_shards(job: Job, shards: Sequence[Shard]) -> Iterator[tuple[Shard, De
 
 def finalize_shards(job: Job, shards: Sequence[tuple[Shard, pa.Schema]]) -> Iterator[Manifest | Failed]:
     """Commits shards whose parts and checks are all stored."""
-    stream = source(shards, "commit").map_batches(
-        finalize, batch_size=1, num_cpus=FINALIZE_CPUS, fn_kwargs={"job": job}
-    )
+    stream = source(shards, "commit").map_batches(commit, batch_size=1, num_cpus=FINALIZE_CPUS, fn_kwargs={"job": job})
     for result in results(stream):
         metrics.LAST_COMMIT.record(time.time())
         yield result
@@ -207,7 +205,7 @@ def load(batch: Batch, job: Job) -> Iterator[Batch]:
 _STAGES: dict[type[Any], metrics.Stage] = {Check: "check", Trial: "attack"}
 
 
-class Optimize:
+class Protect:
     """Stage: a unit is protected, a check measured, or an attack tried. One instance per actor."""
 
     def __init__(self, job: Job, device: str) -> None:
@@ -243,7 +241,7 @@ class Optimize:
             yield self.optimizer.protect(item)
 
 
-class MeasureChecks(Optimize):
+class MeasureChecks(Protect):
     """The same actor, by the name under which Ray's dashboard and metrics show those that check."""
 
 
@@ -262,7 +260,7 @@ def gate(batch: Batch, job: Job) -> Iterator[Batch]:
     yield from each(batch, "gate", lambda shard: iter([(shard, decide(job, shard))]))
 
 
-def finalize(batch: Batch, job: Job) -> Iterator[Batch]:
+def commit(batch: Batch, job: Job) -> Iterator[Batch]:
     """Stage: a shard becomes its committed manifest."""
     yield from each(batch, "commit", lambda item: iter([finalize_shard(job, *item)]))
 
