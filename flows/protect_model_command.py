@@ -84,7 +84,7 @@ def protect_model(
         str | None,
         _method(
             "--preset",
-            help="paper, fast or strong; apdm and anchored: or extended. (Default: fast on nano-sd, else paper.)",
+            help="paper, fast, strong; apdm, anchored: extended. (Default: fast on nano-sd, else paper.)",
         ),
     ] = None,
     overrides: Annotated[
