@@ -70,22 +70,22 @@ def serve(
         told = ensure(client, heartbeat_automation())
     console.print(f"automation '{HEARTBEATS}': {told}", highlight=False)
     console.print(f"serving protect-archive/{title}; stop it with Ctrl-C, what is done stays", highlight=False)
+    from prefect import serve as run_deployments
     from prefect.types.entrypoint import EntrypointType
 
     from flows.protect import protect_archive
 
-    protect_archive.serve(
-        name=title,
+    deployment = protect_archive.to_deployment(
+        title,
         schedule=schedule,
         paused=paused or None,  # None: whoever paused it in Prefect meant it
-        global_limit=limit(),
+        concurrency_limit=limit(),
         parameters={"config": parameters(config)},
         tags=["fixative"],
-        # A supervisor may start this process again at any time; runs that came due meanwhile show as late.
-        pause_on_shutdown=False,
-        print_starting_message=False,
         entrypoint_type=EntrypointType.MODULE_PATH,
     )
+    # A supervisor may start this process again at any time: the schedule stays on, what comes due meanwhile is late.
+    run_deployments(deployment, pause_on_shutdown=False, print_starting_message=False)
 
 
 def absolute(config: JobConfig) -> JobConfig:
