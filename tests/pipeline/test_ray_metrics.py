@@ -127,6 +127,7 @@ def test_a_run_exports_every_metric(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_prometheus_finds_a_command_in_rays_discovery_file(prefect_home: Path, tmp_path: Path) -> None:
     """In the file that `infra/monitoring/prometheus.yml` reads, and there what the command has done so far."""
     source = write_folder(tmp_path / "in", {f"{n}.png": photo(n) for n in range(12)})
@@ -137,14 +138,14 @@ def test_prometheus_finds_a_command_in_rays_discovery_file(prefect_home: Path, t
         with running(
             "protect", source, tmp_path / "out", "-c", config, home=prefect_home, environment=environment
         ) as command:
-            until(lambda: discovery.exists() or command.process.poll() is not None, "the discovery file", 150)
+            until(lambda: discovery.exists() or command.process.poll() is not None, "the discovery file", 300)
 
             def scraped() -> float:
                 (found,) = json.loads(discovery.read_text())
                 scrapes = [totals(address) for address in found["targets"]]
                 return sum(of(scrape, metrics.IMAGES_PROTECTED, method=FAKE) or 0 for scrape in scrapes)
 
-            done = until(lambda: command.process.poll() is not None or scraped(), "protected images", 90)
+            done = until(lambda: command.process.poll() is not None or scraped(), "protected images", 200)
             assert command.process.poll() is None, command.wait(10)
             assert 2 <= done <= 12
             assert command.wait(150).code == 0
