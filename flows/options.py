@@ -60,7 +60,7 @@ Lineage = Annotated[
     option(
         "--lineage",
         panel=RUN,
-        help="OpenLineage events to file:///... or http(s)://host. \\[default: where OPENLINEAGE_URL says]",
+        help="OpenLineage events to file:///... or http(s)://host. [default: where OPENLINEAGE_URL says]",
     ),
 ]
 SingleWriter = Annotated[
