@@ -14,6 +14,7 @@ from pipeline.job import Job, archive_store, code_version, destination_store, fi
 from pipeline.lineage import check_lineage
 from pipeline.manifest import Manifest, publish_success
 from pipeline.plan import Plan, Shard, bind, check_binding, load_index, make_plan, publish_plan, unit_ids
+from pipeline.provenance.credentials import check_signer
 from pipeline.shard_index import schema_from_text
 from pipeline.storage import Store, check_conditional_writes, same_or_nested
 from pipeline.units import RowRange, group_units
@@ -92,6 +93,9 @@ def preflight(config: JobConfig) -> None:
         )
     find_model(config)
     check_lineage(config)
+    signer = config.job.provenance.signer
+    if signer.certificate is not None and config.run.ray_address is None:  # else the key may lie on the workers only
+        check_signer(signer)
     try:
         if next(source.list(key), None) is None:
             raise UserError(
