@@ -13,6 +13,7 @@ import typer
 import yaml
 
 from flows import show
+from flows.options import RUN, S3Endpoint, S3Profile, S3Region, option
 from flows.settings import job_config
 from pipeline.config import JobConfig
 from pipeline.errors import UserError
@@ -49,6 +50,12 @@ def serve(
         str | None, typer.Option("--name", help="Of the deployment. [default: the job file's name]")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be created, create nothing.")] = False,
+    ray_address: Annotated[
+        str | None, option("--ray-address", panel=RUN, help="A running Ray cluster; else one starts here for each run.")
+    ] = None,
+    s3_endpoint: S3Endpoint = None,
+    s3_region: S3Region = None,
+    s3_profile: S3Profile = None,
 ) -> None:
     """Protect an archive on a schedule: each run protects what is new or changed since the last one.
 
@@ -59,7 +66,13 @@ def serve(
 
     Example: fixative serve job.yaml --cron "0 3 * * *" --timezone Europe/Berlin
     """
-    config = absolute(job_config(job, {}))
+    given = {
+        "run.ray_address": ray_address,
+        "run.s3.endpoint_url": s3_endpoint,
+        "run.s3.region": s3_region,
+        "run.s3.profile": s3_profile,
+    }
+    config = absolute(job_config(job, given))
     schedule = schedule_of(cron, interval, timezone)
     preflight(config)
     title = name or job.stem
@@ -81,6 +94,11 @@ def serve(
         paused=paused or None,  # None: whoever paused it in Prefect meant it
         concurrency_limit=limit(),
         parameters={"config": parameters(config)},
+        description=(
+            f"Protects what is new or changed in `{config.source}` with {config.job.method.name}, into "
+            f"`{config.destination}`. One run at a time: what comes due meanwhile is cancelled, the next run covers it. "
+            f"Served from `{job}`; settings that are changed here last until it is served again."
+        ),
         tags=["fixative"],
         entrypoint_type=EntrypointType.MODULE_PATH,
     )
