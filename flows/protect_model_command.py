@@ -95,6 +95,17 @@ def protect_model(
         str | None,
         _method("--positives", help="Take up OUT/positives of an earlier run. (Default: the model draws them.)"),
     ] = None,
+    keep: Annotated[
+        str | None,
+        _method(
+            "--keep",
+            help="Parquet of photos of other things (asset_id, image, caption), such as the model's users draw: on "
+            "these it shall do as before. (Default: pictures that it draws itself, which keep far less.)",
+        ),
+    ] = None,
+    keep_images: Annotated[
+        int, _method("--keep-images", help="Use at most so many of them, spread over the file.", min=1)
+    ] = 512,
     seed: Annotated[int, _how("--seed", help="Of all random draws.", min=0)] = 0,
     device: Annotated[str, _how("--device", help="cpu or cuda.")] = "cpu",
     work: Annotated[
@@ -141,6 +152,8 @@ def protect_model(
             overrides=overrides_of(overrides) or {},
             images=images,
             positives=positives,
+            keep=keep,
+            keep_images=keep_images,
             seed=seed,
             device=device,
             checkpoint_every=checkpoint_every,

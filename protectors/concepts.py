@@ -119,13 +119,19 @@ def cache_concept(
     )
 
 
-def _check(model: DiffusionModel, concept: Concept) -> None:
-    images, size = concept.images, model.base_size
+def check_images(model: DiffusionModel, images: Tensor) -> None:
+    """Raises ValueError unless they are ``(N, 3, S, S)`` float32 in [0, 1], S the model's base size."""
+    size = model.base_size
     if images.ndim != 4 or len(images) == 0 or images.shape[1:] != (3, size, size):
         raise ValueError(f"images are {tuple(images.shape)}; use (N, 3, {size}, {size}), the model's size")
     # One comparison catches NaN too: no comparison with it is true.
     if images.dtype != torch.float32 or not ((images >= 0) & (images <= 1)).all():
         raise ValueError("images must be float32 in [0, 1], without NaN; scale 8-bit values by 1/255")
+
+
+def _check(model: DiffusionModel, concept: Concept) -> None:
+    images = concept.images
+    check_images(model, images)
     if not concept.class_word.strip():
         raise ValueError("class_word is empty; name what the subject is, e.g. 'dog'")
     if concept.positives is None:

@@ -18,11 +18,11 @@ from torch import Tensor
 from protectors.base import Batch
 from protectors.concepts import CachedConcept, Words
 from protectors.config import LATE, require
-from protectors.dreambooth import Deck, DreamBooth, SurrogateConfig, class_latents
+from protectors.dreambooth import Deck, DreamBooth, SurrogateConfig
 from protectors.model_base import ModelProtector, ModelProtectorConfig, Study
 from protectors.objectives import Draws, draw_for, joined
 from protectors.randomness import integers, streams
-from protectors.retention import retention_loss
+from protectors.retention import CachedKept, Kept, cache_kept, retention_loss
 from protectors.surrogate import FullSurrogate, LoraSurrogates, Surrogates
 
 Attacker = Literal["full", "cross_attention", "lora"]
@@ -69,7 +69,8 @@ class LearningToProtectConfig(ModelProtectorConfig):
     # errors are so small there that draws over all of it hardly weigh them.
     pairs_from: float = field(default=0.0, metadata=LATE)
     # Weight of the protected weights' difference from the given ones in what they predict on other things (see
-    # ``retention_loss``); pictures that the model draws for it without a prompt; how many of them each update takes.
+    # ``retention_loss``); how many pictures the model draws for it, without a prompt, where none are given; and how
+    # many pictures each update takes.
     retention_weight: float = field(default=0.0, metadata=LATE)
     kept_images: int = field(default=0, metadata=LATE)
     retention_batch: int = field(default=8, metadata=LATE)
@@ -163,10 +164,18 @@ class LearningToProtect(ModelProtector[ConfigT]):
         def note(name: str, value: Tensor) -> None:
             log.setdefault(name, []).append(value.detach().mean())
 
-        if config.retention_weight > 0:
+        if study.kept is not None:
             # Here the copy holds the protected weights: what is kept is what they do, not what an attacker makes of it.
             with _differentiable(weights), self._autocast():
-                retention = self._retention(study, concept, words, seed)
+                retention = retention_loss(
+                    self.model,
+                    study.reference,
+                    study.kept,
+                    concept.class_latents,
+                    words,
+                    batch=config.retention_batch,
+                    seed=seed,
+                )
                 _add(sums, torch.autograd.grad(config.retention_weight * retention, weights))
             note("retention", retention)
         with (
@@ -220,16 +229,10 @@ class LearningToProtect(ModelProtector[ConfigT]):
         """How many updates one attack lasts."""
         return max(1, math.ceil(self.config.attack_length / max(1, self.config.inner_steps)))
 
-    def _retention(self, study: Study, concept: CachedConcept, words: Words, seed: int) -> Tensor:
-        return retention_loss(
-            self.model,
-            study.reference,
-            class_latents(study.reference, "", self.config.kept_images),
-            concept.class_latents,
-            words,
-            batch=self.config.retention_batch,
-            seed=seed,
-        )
+    def _keeps(self, kept: Kept | None) -> CachedKept | None:
+        if self.config.retention_weight == 0:
+            return ModelProtector._keeps(self, kept)
+        return cache_kept(self.model, kept, drawn=self.config.kept_images)
 
     @contextmanager
     def _carried(

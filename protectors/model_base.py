@@ -23,6 +23,7 @@ from protectors.model_files import ModelError
 from protectors.pgd import Progress
 from protectors.protected_weights import ProtectedWeights
 from protectors.randomness import SEED_LIMIT
+from protectors.retention import CachedKept, Kept
 from protectors.surrogate import FullSurrogate, check_surrogate
 
 Curves = Mapping[str, tuple[float, ...]]
@@ -122,6 +123,8 @@ class Study:
     seed: int
     reference: DiffusionModel
     """The model as it was given, phi; its networks are never written to."""
+    kept: CachedKept | None
+    """Pictures of other things, for methods that hold on to what the model does on them."""
     copy: FullSurrogate
     """The UNet that the simulated attackers train, th: the given model's own, put back at the end."""
     memory: dict[str, Tensor] = field(default_factory=dict)
@@ -178,6 +181,7 @@ class ModelProtector(ABC, Generic[ConfigT]):
         concepts: Sequence[Concept],
         *,
         seed: int,
+        kept: Kept | None = None,
         progress: Progress | None = None,
         checkpoint: Path | None = None,
         checkpoint_every: int = 10,
@@ -189,13 +193,15 @@ class ModelProtector(ABC, Generic[ConfigT]):
         Args:
             concepts: one or more.
             seed: an unsigned 64-bit number; the same one gives the same weights on one kind of device.
+            kept: pictures of other things, on which the model shall do as before, for methods that can use them.
             progress: called with (updates done, updates in all).
             checkpoint: folder of this run alone. What it holds is gone on with, and gives the very weights that an
                 undisturbed run gives; afterwards it holds the last update.
             checkpoint_every: updates between two checkpoints.
 
         Raises:
-            ValueError: bad input, or a checkpoint of another run. NotFiniteError: the training broke down.
+            ValueError: bad input, pictures to keep for a method without use for them, or a checkpoint of another run.
+            NotFiniteError: the training broke down.
         """
         if not 0 <= seed < SEED_LIMIT:
             raise ValueError(f"seed {seed} is no unsigned 64-bit number; use 0 to 2**64 - 1")
@@ -203,7 +209,7 @@ class ModelProtector(ABC, Generic[ConfigT]):
             raise ValueError("no concepts; name at least one")
         if checkpoint_every < 1:
             raise ValueError(f"checkpoint_every={checkpoint_every}: use 1 or more")
-        with self._study(concepts, seed) as study:
+        with self._study(concepts, seed, kept) as study:
             protected, binding = self._begin(study), self._binding(study)
             if checkpoint is not None:
                 protected.resume(checkpoint, binding)
@@ -228,6 +234,12 @@ class ModelProtector(ABC, Generic[ConfigT]):
             Values to log, the same names in every update.
         """
 
+    def _keeps(self, kept: Kept | None) -> CachedKept | None:
+        """What the method holds on to, of the model as it is given."""
+        if kept is not None:
+            raise ValueError(f"{self.name}, with these settings, has no use for pictures to keep")
+        return None
+
     def _trains(self, name: str) -> bool:
         """Whether the weight of this name is one that the method changes."""
         return True
@@ -238,12 +250,13 @@ class ModelProtector(ABC, Generic[ConfigT]):
         return ProtectedWeights(named, rate=config.rate, trained=trained, clip=config.outer_clip, memory=study.memory)
 
     @contextmanager
-    def _study(self, concepts: Sequence[Concept], seed: int) -> Iterator[Study]:
+    def _study(self, concepts: Sequence[Concept], seed: int, kept: Kept | None) -> Iterator[Study]:
+        cached_kept = self._keeps(kept)
         cached = tuple(self._cached(concept) for concept in concepts)
         reference = copy.copy(self.model)
         reference.unet = copy.deepcopy(self.model.unet)
         with FullSurrogate(self.model) as attacked, _checkpointed(self.model.unet, self.config.gradient_checkpointing):
-            yield Study(concepts=cached, seed=seed, reference=reference, copy=attacked)
+            yield Study(concepts=cached, seed=seed, reference=reference, kept=cached_kept, copy=attacked)
 
     def _cached(self, concept: Concept) -> CachedConcept:
         config = self.config
@@ -262,6 +275,8 @@ class ModelProtector(ABC, Generic[ConfigT]):
         cached = [[one.class_word, one.pairs, values_digest(one.class_latents)] for one in study.concepts]
         concepts = json.dumps(cached).encode()
         fields = {name: json.dumps(value) for name, value in self.config.to_dict().items()}
+        if study.kept is not None:
+            facts["kept"] = study.kept.digest
         return {**facts, "concepts": hashlib.sha256(concepts).hexdigest(), **fields}
 
 

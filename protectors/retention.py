@@ -1,28 +1,78 @@
 """Retention: a protected model goes on predicting what the given one predicts, on pictures of other things.
 
 The protection losses look at a subject and its class alone, so that all else drifts with them. Distilling the given
-model's own predictions (Hinton et al., https://arxiv.org/abs/1503.02531) on pictures that it draws itself keeps it.
-Unlike the denoising loss on them, the gradient is zero where nothing has changed, and trains nothing in.
+model's own predictions (Hinton et al., https://arxiv.org/abs/1503.02531) keeps it. Unlike the denoising loss on the
+same pictures, the gradient is zero where nothing has changed, and trains nothing in.
 """
 
 from __future__ import annotations
 
+import hashlib
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from protectors.concepts import Words
+from protectors.concepts import Words, check_images, image_digests, values_digest
+from protectors.constraints import to_8bit
 from protectors.diffusion import DiffusionModel
+from protectors.dreambooth import class_latents
 from protectors.objectives import draw_for, latent_denoising_loss
 from protectors.randomness import streams
 
-# Guidance holds a prediction against that without a prompt, so some images of the class go without.
+# Guidance holds a prediction against that without a prompt, so some rows go without.
 _NO_PROMPT = 0.15
+_ENCODED_TOGETHER = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Kept:
+    """Pictures of other things, such as the model's users draw or teach it."""
+
+    images: Tensor
+    """``(K, 3, S, S)`` float32 in [0, 1], S the model's base size; cropping is the caller's."""
+    prompts: tuple[str, ...]
+    """What each shows; "" where nobody knows."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class CachedKept:
+    """Kept pictures ready for training, on the model's device."""
+
+    latents: Tensor
+    """Scaled, ``(K, C, h, w)``."""
+    prompts: tuple[str, ...]
+    digest: str
+    """sha256 over all of them and their prompts."""
+
+
+@torch.no_grad()
+def cache_kept(model: DiffusionModel, kept: Kept | None, *, drawn: int) -> CachedKept:
+    """Encodes the pictures; where none are given the model draws so many itself, without a prompt.
+
+    Raises:
+        ValueError: pictures of another size, or not in [0, 1], or not one prompt each.
+    """
+    if kept is None:
+        latents, prompts = class_latents(model, "", drawn), ("",) * drawn
+        names = [values_digest(latents)]
+    else:
+        check_images(model, kept.images)
+        if len(kept.prompts) != len(kept.images):
+            raise ValueError(
+                f"{len(kept.images)} pictures to keep with {len(kept.prompts)} prompts; give one each, or ''"
+            )
+        images, prompts = to_8bit(kept.images.detach().to(model.device)), kept.prompts
+        latents = torch.cat([model.mean_latents(part) for part in torch.split(images, _ENCODED_TOGETHER)])
+        names = image_digests(images)
+    digest = hashlib.sha256("\n".join([*names, *prompts]).encode()).hexdigest()
+    return CachedKept(latents=latents, prompts=prompts, digest=digest)
 
 
 def retention_loss(
     model: DiffusionModel,
     reference: DiffusionModel,
-    kept: Tensor,
+    kept: CachedKept,
     general: Tensor,
     words: Words,
     *,
@@ -34,8 +84,7 @@ def retention_loss(
     Args:
         model: holds the protected weights.
         reference: as it was given.
-        kept: scaled latents ``(K, C, h, w)`` of pictures that it drew without a prompt; ``batch`` of them are taken,
-            without a prompt.
+        kept: ``batch`` of them are taken.
         general: of images of the class ``(M, C, h, w)``. One is taken under the class's prompt, and one under that of
             an attacker who has not trained anything yet.
         words: of the attacker.
@@ -43,11 +92,12 @@ def retention_loss(
         seed: of all draws.
     """
     (generator,) = streams([seed], "retention")
-    others = kept[torch.randint(len(kept), (batch,), generator=generator)]
-    classes = general[torch.randint(len(general), (2,), generator=generator)]
-    bare = (torch.rand(2, generator=generator) < _NO_PROMPT).tolist()
-    named = ["" if without else prompt for prompt, without in zip((words.general, words.instance), bare, strict=True)]
-    latents, embeddings = torch.cat([others, classes]), model.embed_prompts([""] * batch + named)
+    others = torch.randint(len(kept.prompts), (batch,), generator=generator).tolist()
+    classes = torch.randint(len(general), (2,), generator=generator).tolist()
+    prompts = [*(kept.prompts[place] for place in others), words.general, words.instance]
+    bare = (torch.rand(len(prompts), generator=generator) < _NO_PROMPT).tolist()
+    embeddings = model.embed_prompts(["" if without else prompt for prompt, without in zip(prompts, bare, strict=True)])
+    latents = torch.cat([kept.latents[others], general[classes]])
     draws = draw_for(model, latents.shape[1:], [generator] * len(latents))
     with torch.no_grad():
         before = reference.predict(model.add_noise(latents, draws.noise, draws.t), draws.t, embeddings)

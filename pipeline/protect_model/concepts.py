@@ -1,4 +1,4 @@
-"""Reads the photos of a concept and cuts them to the model's size."""
+"""Reads the photos of a concept, and those of other things, and cuts them to the model's size."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ from pipeline.storage import local_path, open_store
 from pipeline.verify.samples import read_samples
 from pipeline.verify.trial import Pixels, tensor
 from protectors.concepts import Concept
-from protectors.reference.data import centre_crop, read_columns
+from protectors.constraints import to_8bit
+from protectors.reference.data import centre_crop, load_photos, read_columns
+from protectors.retention import Kept
 
 _COLUMNS = ("asset_id", "image", "subject", "subject_class")
 
@@ -50,6 +52,25 @@ def read_concept(source: ConceptSource, *, side: int, most: int | None, s3: S3Se
     if word is None or not word.strip():
         raise UserError(f"--concept {source.path}: say what it shows with --class-word, e.g. --class-word dog")
     return Concept(images=torch.stack([centre_crop(tensor(photo), side) for photo in photos]), class_word=word.strip())
+
+
+def read_kept(url: str, *, side: int, most: int, s3: S3Settings) -> Kept:
+    """Reads photos of other things, with their captions, from a Parquet file.
+
+    Those that ``models evaluate`` and ``verify-model`` hold out by their names are left out, so that what is measured
+    on them is not what was trained on.
+
+    Raises:
+        UserError: the file, a column or a photo cannot be read; the message names it.
+    """
+    fetched = fetch_file(*archive_store(url, s3)) if is_far(url) else None
+    file = Path(local_path(url)) if fetched is None else next(fetched.folder.iterdir())
+    try:
+        photos = load_photos(file, held_out=False, limit=most)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--keep {str(error).replace(str(file), url)}") from error
+    images = torch.stack([centre_crop(image, side) for image in photos.images])
+    return Kept(images=to_8bit(images), prompts=tuple(photos.captions))
 
 
 def split_source(text: str) -> tuple[str, str | None]:

@@ -47,6 +47,11 @@ class ModelJob(_Settings):
     images: Annotated[int | None, Field(ge=1)] = None
     # Folder with positives and their manifest, as an earlier run left it in OUT/positives. None: the model draws them.
     positives: str | None = None
+    # Parquet file of photos of other things (asset_id, image, caption), on which the model shall do as before. None:
+    # pictures that it draws itself.
+    keep: str | None = None
+    # At most so many of them, spread over the file.
+    keep_images: Annotated[int, Field(ge=1)] = 512
     seed: Annotated[int, Field(ge=0, lt=SEED_LIMIT)] = 0
     device: str = "cpu"
     # Updates between two checkpoints; each writes three times the UNet's weights.

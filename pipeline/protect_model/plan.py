@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from pipeline.errors import UserError
-from pipeline.ids import differing_fields
+from pipeline.ids import differing_fields, sha256_hex
 from pipeline.job import code_version, model_folder
-from pipeline.protect_model.concepts import read_concept, split_source
+from pipeline.protect_model.concepts import read_concept, read_kept, split_source
 from pipeline.protect_model.fetch import Fetched, fetch_model, is_far
 from pipeline.protect_model.job import ConceptSource, ModelJob
 from pipeline.protect_model.positives import Positives, read_positives
@@ -27,6 +27,7 @@ from protectors.model_files import ModelError, check_folder, model_base_size, mo
 from protectors.model_registry import model_protector_class
 from protectors.reference import PINNED
 from protectors.registry import UnknownProtector
+from protectors.retention import Kept
 
 PROVENANCE = "provenance.json"
 _LIBRARIES = ("torch", "diffusers", "transformers", "safetensors", "numpy", "pillow")
@@ -47,6 +48,8 @@ class ModelPlan:
     concepts: tuple[Concept, ...]
     # One per concept; None: the model draws them.
     positives: tuple[Positives, ...] | None
+    # Photos of other things; None: the method draws what it needs.
+    kept: Kept | None
     # Decides the weights, with ``environment``: JSON values. Images are named by hashes.
     identity: dict[str, Any]
     environment: dict[str, Any]
@@ -107,6 +110,15 @@ def plan_model(job: ModelJob, *, trained_here: bool = True) -> ModelPlan:
     }
     if positives is not None:
         identity["positives"] = [[digest for _, digest in given.pairs] for given in positives]
+    kept = None
+    if job.keep is not None:
+        if not getattr(config, "retention_weight", 0):
+            raise UserError(
+                f"method {method.name!r} has no use for --keep; anchored has, as has --set retention_weight=8"
+            )
+        kept = read_kept(job.keep, side=side, most=job.keep_images, s3=job.s3)
+        facts = json.dumps([image_digests(kept.images), kept.prompts]).encode()
+        identity["kept"] = {"photos": len(kept.images), "digest": sha256_hex(facts)}
     environment = {
         "device": torch.device(job.device).type,
         "versions": {"fixative": code_version(), **{name: version(name) for name in _LIBRARIES}},
@@ -124,6 +136,7 @@ def plan_model(job: ModelJob, *, trained_here: bool = True) -> ModelPlan:
         config=config,
         concepts=concepts,
         positives=positives,
+        kept=kept,
         identity=identity,
         environment=environment,
         finished=is_finished(job, identity),
@@ -191,6 +204,7 @@ def _check_places(job: ModelJob) -> None:
     for name, place in ours.items():
         taken = [f"--concept {source.path}" for source in job.concepts if same_or_nested(place, _place(source))]
         taken += [f"the model {job.model}"] * same_or_nested(place, job.model)
+        taken += [f"--keep {job.keep}"] * bool(job.keep and same_or_nested(place, job.keep))
         taken += [f"--positives {job.positives}"] * bool(job.positives and same_or_nested(place, job.positives))
         if taken:
             raise UserError(f"{name} {public_url(place)} and {public_url(taken[0])} overlap: choose another folder")

@@ -111,6 +111,7 @@ def _placed(job: ModelJob) -> ModelJob:
         update={
             "model": place(job.model) if Path(local_path(job.model)).is_dir() else job.model,
             "concepts": tuple(item.model_copy(update={"path": place(item.path)}) for item in job.concepts),
+            "keep": None if job.keep is None else place(job.keep),
             "positives": None if job.positives is None else place(job.positives),
             "out": place(job.out),
             "work": place(job.work_url),

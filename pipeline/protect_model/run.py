@@ -59,6 +59,7 @@ def _train(plan: ModelPlan, work: Work, progress: Progress | None) -> None:
         protected = plan.method(plan.config, model).protect(
             plan.concepts,
             seed=plan.job.seed,
+            kept=plan.kept,
             progress=done,
             checkpoint=work.checkpoint,
             checkpoint_every=plan.job.checkpoint_every,
@@ -103,6 +104,8 @@ def seconds_for(plan: ModelPlan) -> float:
     image = first.images[:1]
     concept = replace(first, images=image, positives=torch.zeros(1, *model.latent_shape(image)))
     short = {"inner_steps": 1} if plan.inner_steps else {}
+    if getattr(plan.config, "kept_images", 0):
+        short["kept_images"] = 1
     config = plan.config.replace(steps=2, class_images=1, **short)
     times = [time.monotonic()]
     plan.method(config, model).protect([concept], seed=0, progress=lambda done, total: times.append(time.monotonic()))

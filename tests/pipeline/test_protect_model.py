@@ -27,13 +27,16 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from pipeline.config import S3Settings
 from pipeline.errors import PipelineError, UserError
-from pipeline.protect_model.concepts import read_concept
+from pipeline.protect_model.concepts import read_concept, read_kept
 from pipeline.protect_model.job import ConceptSource
 from pipeline.protect_model.plan import plan_model
 from pipeline.protect_model.run import protect_model, seconds_for, unet_bytes
 from pipeline.verify.attack_models import load_pipeline
 from protectors.diffusion import load_model, model_digest
+from protectors.reference.data import is_held_out
+from tests.pipeline.archives import photo, write_parquet
 from tests.pipeline.model_jobs import LEFT_OUT, QUICK, SIDE, contents, job, traces, world
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -200,10 +203,12 @@ def _full(*_: Any) -> str:
         ({"work": "no-such-scheme://folder"}, "cannot open no-such-scheme://folder"),
         ({"out": Path("folders")}, "neither empty nor a folder of this command"),
         ({"out": Path("file")}, "--out .*/file is a file: name a folder"),
-        ({"method": "apmd"}, "no model protector named 'apmd'. Known: apdm, .*naive"),
+        ({"method": "apmd"}, "no model protector named 'apmd'. Known: anchored, apdm, .*naive"),
         ({"preset": "slow"}, "no preset 'slow'; it has paper, fast, .*strong"),
         ({"overrides": {"stepz": 1}}, "no field 'stepz'"),
         ({"overrides": {"steps": 0}}, "steps=0: use 1 or more"),
+        ({"keep": "none.parquet"}, "'apdm' has no use for --keep; anchored has"),
+        ({"keep": "none.parquet", "method": "anchored", "overrides": {"rate": 1e-3}}, "--keep .*none.parquet"),
         ({"device": "gpu"}, "--device gpu: use cpu or cuda"),
     ],
 )
@@ -219,6 +224,28 @@ def test_refused(changes: dict[str, Any], words: str, folder: Path, tmp_path: Pa
     with pytest.raises(UserError, match=words):
         plan_model(job(tmp_path, **{"out": tmp_path / "out", **changes}))
     assert contents(tmp_path) == before
+
+
+def test_what_the_model_shall_do_as_before_decides_too(folder: Path, tmp_path: Path) -> None:
+    names = [f"photo {number}" for number in range(12)]
+    trained_on = sum(not is_held_out(name) for name in names)
+    columns = {"asset_id": names, "caption": [f"a photo of a {name}" for name in names]}
+    write_parquet(tmp_path / "others.parquet", [photo(20 + number) for number in range(12)], columns)
+    small = {**QUICK, "steps": 2, "attack_length": 2, "kept_images": 2, "retention_batch": 2}
+    made = {}
+    for name, keep, images in (("drawn", None, 9), ("photos", "others.parquet", 99), ("few", "others.parquet", 2)):
+        given = None if keep is None else str(tmp_path / keep)
+        changes = {"method": "anchored", "overrides": small, "keep": given, "keep_images": images}
+        protect_model(plan_model(job(folder, tmp_path / name, **changes)))
+        made[name] = json.loads((tmp_path / name / "provenance.json").read_text())
+    kept = [made[name]["identity"].get("kept", {}).get("photos") for name in ("drawn", "photos", "few")]
+    assert kept == [None, trained_on, 2]
+    assert 2 < trained_on < 12
+    assert len({(tmp_path / name / UNET).read_bytes() for name in made}) == 3
+    # Pictures of others get out no more than the subject's.
+    crop = read_kept(str(tmp_path / "others.parquet"), side=SIDE, most=1, s3=S3Settings()).images[0]
+    row = (crop * 255).round().to(torch.uint8).permute(1, 2, 0)[8].numpy().tobytes()
+    assert not any(row in data for data in contents(tmp_path / "photos").values())
 
 
 def test_the_preset_follows_from_the_model(folder: Path, tmp_path: Path) -> None:

@@ -11,13 +11,16 @@ import torch
 from torch import Tensor
 
 from protectors.anchored import Anchored, AnchoredConfig
+from protectors.apdm import APDM
 from protectors.concepts import Words
+from protectors.constraints import to_8bit
 from protectors.diffusion import DiffusionModel
 from protectors.dreambooth import class_latents
 from protectors.learning_to_protect import ProtectionLoss, Sample
 from protectors.model_base import Study
-from protectors.retention import retention_loss
+from protectors.retention import Kept, cache_kept, retention_loss
 from tests.protectors.model_runs import RATE, concept, copied, distance, small_model, unet64
+from tests.protectors.model_runs import SMALL as APDM_SMALL
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -142,7 +145,7 @@ def test_an_attacker_keeps_to_the_words_he_began_with(model: DiffusionModel) -> 
 
 
 def test_retention_is_nothing_at_the_given_weights_and_grows_with_the_change(model: DiffusionModel) -> None:
-    kept, general = class_latents(model, "", 2), class_latents(model, WORDS.general, 3)
+    kept, general = cache_kept(model, None, drawn=2), class_latents(model, WORDS.general, 3)
 
     def loss(factor: float) -> float:
         before = copied(model.unet.parameters())
@@ -167,7 +170,7 @@ def small_copy(model: DiffusionModel) -> DiffusionModel:
 
 def test_retention_keeps_the_model_nearer_to_what_it_was(model: DiffusionModel) -> None:
     """As far as predictions on drawn pictures go; the weights may drift as they like."""
-    kept, general = class_latents(model, "", 2), class_latents(model, WORDS.general, 3)
+    kept, general = cache_kept(model, None, drawn=2), class_latents(model, WORDS.general, 3)
     changed = {}
     for weight in (0.0, 100.0):
         config = SMALL.replace(steps=6, rate=1e-3, retention_weight=weight, kept_images=2 if weight else 0)
@@ -177,6 +180,36 @@ def test_retention_keeps_the_model_nearer_to_what_it_was(model: DiffusionModel) 
         ]
         changed[weight] = sum(losses)
     assert changed[100.0] < 0.7 * changed[0.0]
+
+
+def test_given_pictures_are_kept_instead_of_drawn_ones_under_their_own_prompts(
+    model: DiffusionModel, tmp_path: Path
+) -> None:
+    images = concept(3, seed=4).images
+    kept = Kept(images=images, prompts=("a cat", "a tree", ""))
+    cached = cache_kept(model, kept, drawn=2)
+    assert cached.prompts == kept.prompts
+    torch.testing.assert_close(
+        cached.latents, torch.cat([model.mean_latents(image[None]) for image in to_8bit(images)])
+    )
+    drawn = Anchored(SMALL, model).protect([concept()], seed=3)
+    given = Anchored(SMALL, model).protect([concept()], seed=3, kept=kept, checkpoint=tmp_path)
+    assert any(not torch.equal(weight, drawn.weights[name]) for name, weight in given.weights.items())
+    with pytest.raises(ValueError, match="kept"):
+        Anchored(SMALL, model).protect([concept()], seed=3, checkpoint=tmp_path)
+
+
+def test_bad_pictures_to_keep_are_refused(model: DiffusionModel) -> None:
+    images = concept(2).images
+    for kept, message in (
+        (Kept(images=images[..., :8], prompts=("", "")), "16, 16"),
+        (Kept(images=images, prompts=("",)), "one each"),
+        (Kept(images=images * 2, prompts=("", "")), "float32 in"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Anchored(SMALL, model).protect([concept()], seed=3, kept=kept)
+    with pytest.raises(ValueError, match="no use"):
+        APDM(APDM_SMALL, model).protect([concept()], seed=3, kept=Kept(images=images, prompts=("", "")))
 
 
 @pytest.mark.parametrize(
