@@ -106,6 +106,10 @@ def _start(address: str | None, actors: int | None) -> None:
     try:
         with _quiet_stderr():
             ray.init(address=address, **options)
+    except ray.exceptions.AuthenticationError as error:
+        raise UserError(
+            f"the Ray cluster at '{address}' refuses this process: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN to its token"
+        ) from error
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise UserError(f"no Ray cluster at '{address}': {error}") from error
     finally:
