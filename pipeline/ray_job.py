@@ -108,7 +108,7 @@ def _start(address: str | None, actors: int | None) -> None:
             ray.init(address=address, **options)
     except ray.exceptions.AuthenticationError as error:
         raise UserError(
-            f"the Ray cluster at '{address}' refuses this process: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN to its token"
+            f"the Ray cluster at '{address}' refuses this process: set RAY_AUTH_MODE=token, RAY_AUTH_TOKEN to its token"
         ) from error
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise UserError(f"no Ray cluster at '{address}': {error}") from error
