@@ -26,12 +26,13 @@ class AnchoredConfig(LearningToProtectConfig):
 
     inner_steps: int = 3
     gradient_point: GradientPoint = "last"
+    attacker_text_encoder: bool = True
     # The anchors of the class are what preserves it.
     preservation_weight: float = 0.0
     attack_length: int = 160
     pairs_from: float = 0.5
     pair_source: Literal["fresh", "class"] = "class"
-    retention_weight: float = 8.0
+    retention_weight: float = 10.0
     kept_images: int = 160
     # How far beyond the given model's prediction an attacked model is asked to stay from the truth on the subject's
     # images, in units of the given model's own error; 0 asks for that prediction itself.
@@ -61,7 +62,8 @@ class Anchored(LearningToProtect[AnchoredConfig]):
 
     No paper; learning to protect is APDM's (https://arxiv.org/abs/2511.01307), and so is the pair. Where APDM prefers
     one error over another, here predictions have targets, which ends the training where it is done. With th an
-    attacked model, p = e_phi(z_t, t, c) what the given one predicts and y the truth, under the attacker's prompt c:
+    attacked model, p = e_phi(z_t, t, c) what the given one predicts and y the truth, under the attacker's prompt c,
+    by his own text encoder where he trains it:
 
         L = mean (e_th(z+_t) - p+)^2 + mean (e_th(z-_t) - p- - gamma (p- - y-))^2,
 
@@ -122,7 +124,7 @@ class Anchored(LearningToProtect[AnchoredConfig]):
         draws = sample.draws
         noisy = self.model.add_noise(sample.latents, draws.noise, draws.t)
         with torch.no_grad():
-            given = study.reference.predict(noisy, draws.t, sample.embeddings)
+            given = study.reference.predict(noisy, draws.t, sample.given)
             errors = given - self.model.target(sample.latents, draws.noise, draws.t)
         goals = given.chunk(2)[0], (given + self.config.repulsion * errors).chunk(2)[1]
         anchor, repulsion = (self.model.predict(noisy, draws.t, sample.embeddings) - torch.cat(goals)).square().chunk(2)

@@ -113,7 +113,7 @@ class APDM(LearningToProtect[APDMConfig]):
         positive, negative, *prior = torch.split(errors, config.batch)
         pairs = sample.rows(0, 2) if prior else sample
         with torch.no_grad():
-            before = squared_error(study.reference, pairs.latents, pairs.embeddings, pairs.draws).chunk(2)
+            before = squared_error(study.reference, pairs.latents, pairs.given, pairs.draws).chunk(2)
         margin = preference_margin(
             PairErrors(positive=positive, negative=negative), PairErrors(positive=before[0], negative=before[1])
         )

@@ -9,7 +9,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, TypeVar
 
 import torch
@@ -39,6 +39,9 @@ class LearningToProtectConfig(ModelProtectorConfig):
     # Simulated attackers, in turn: who trains all weights, who trains keys and values of cross-attention (Custom
     # Diffusion), who adds low-rank deltas.
     attackers: tuple[Attacker, ...] = ("full",)
+    # Whether he who trains all weights trains the text encoder too, as DreamBooth often does. What is protected are the
+    # UNet's weights in any case.
+    attacker_text_encoder: bool = field(default=False, metadata=LATE)
     # AdamW's learning rate of each of them.
     attacker_rates: tuple[float, ...] = (5e-6,)
     # Images of the subject per step of the attacker, with as many of the class; pairs in each gradient likewise.
@@ -81,6 +84,8 @@ class LearningToProtectConfig(ModelProtectorConfig):
         ModelProtectorConfig.check(self)
         require(self.inner_steps >= 0, "inner_steps", self.inner_steps, "use 0 (no simulated attack) or more")
         require(bool(self.attackers), "attackers", self.attackers, "name at least one")
+        text = not self.attacker_text_encoder or "full" in self.attackers
+        require(text, "attacker_text_encoder", True, "needs the full attacker")
         fits = len(self.attacker_rates) == len(self.attackers) and all(rate >= 0 for rate in self.attacker_rates)
         require(fits, "attacker_rates", self.attacker_rates, "give each of the attackers a rate of 0 or more")
         require(self.batch >= 1, "batch", self.batch, "use 1 or more")
@@ -113,6 +118,9 @@ class Sample:
 
     latents: Tensor
     embeddings: Tensor
+    """By the attacker's text encoder."""
+    given: Tensor
+    """Of the same prompts, by the given model's."""
     draws: Draws
 
     def rows(self, low: int, high: int) -> Sample:
@@ -120,7 +128,7 @@ class Sample:
         size = len(self.latents) // 3
         part = slice(low * size, high * size)
         draws = Draws(t=self.draws.t[part], noise=self.draws.noise[part], posterior=self.draws.posterior[part])
-        return Sample(latents=self.latents[part], embeddings=self.embeddings[part], draws=draws)
+        return Sample(latents=self.latents[part], embeddings=self.embeddings[part], given=self.given[part], draws=draws)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,7 +193,7 @@ class LearningToProtect(ModelProtector[ConfigT]):
 
             def visit() -> None:
                 """Adds one gradient of the protection loss at the weights as they are."""
-                sample = deal().rows(*self._thirds())
+                sample = self._as_attacked(deal(), attacker, words).rows(*self._thirds())
                 with _differentiable(weights), attacker.owned([0] * len(sample.latents)):
                     with self._autocast():
                         loss = self._loss(study, sample)
@@ -221,8 +229,20 @@ class LearningToProtect(ModelProtector[ConfigT]):
     def _attacker(self, study: Study, kind: Attacker, seed: int) -> AbstractContextManager[Surrogates]:
         if kind == "lora":
             return LoraSurrogates(self.model, [seed])
+        if kind == "full" and self.config.attacker_text_encoder:
+            return FullSurrogate(self.model, train_text_encoder=True)
         # Not entered: the frame puts the weights back, once.
         return nullcontext(study.copy if kind == "full" else _KeysAndValues(self.model))
+
+    @torch.no_grad()
+    def _as_attacked(self, sample: Sample, attacker: Surrogates, words: Words) -> Sample:
+        """The sample under the prompts as his text encoder has them by now."""
+        if not attacker.trains_text:
+            return sample
+        instance, general = attacker.embed([words.instance, words.general])
+        return replace(
+            sample, embeddings=torch.stack([*[instance] * 2 * self.config.batch, *[general] * self.config.batch])
+        )
 
     @property
     def _updates(self) -> int:
@@ -315,6 +335,7 @@ class LearningToProtect(ModelProtector[ConfigT]):
             return Sample(
                 latents=torch.cat([positives(places), negatives, concept.class_latents[classes]]),
                 embeddings=embeddings,
+                given=embeddings,
                 draws=joined([pair, pair, other]),
             )
 

@@ -46,7 +46,7 @@ class Surrogates(ABC):
     def __init__(self, model: DiffusionModel, count: int, *, train_text_encoder: bool) -> None:
         self.model, self.count = model, count
         self.networks: list[Any] = [model.unet, model.text_encoder] if train_text_encoder else [model.unet]
-        self._trains_text = train_text_encoder
+        self.trains_text = train_text_encoder
 
     @abstractmethod
     def __enter__(self) -> Surrogates: ...
@@ -70,7 +70,7 @@ class Surrogates(ABC):
 
     def embed(self, prompts: Sequence[str]) -> Tensor:
         """Prompt embeddings ``(B, L, D)`` by the surrogates that own the rows; with a graph where they are trained."""
-        return self.model.encode_prompts(prompts) if self._trains_text else self.model.embed_prompts(prompts)
+        return self.model.encode_prompts(prompts) if self.trains_text else self.model.embed_prompts(prompts)
 
     def state(self) -> State:
         """A copy of the weights."""

@@ -83,7 +83,8 @@ def test_the_loss_is_that_of_the_equations(tmp_path: Path, prediction_type: str)
         truth = abar.sqrt() * noise - (1 - abar).sqrt() * z if prediction_type == "v_prediction" else noise
         with torch.no_grad():
             given, found = (
-                unet64(model, held)(noisy, draws.t, sample.embeddings.double()).sample for held in (None, weights)
+                unet64(model, held)(noisy, draws.t, words.double()).sample
+                for held, words in ((None, sample.given), (weights, sample.embeddings))
             )
         anchor = (found - given)[:2].square().mean()
         repulsion = (found - given - 3 * (given - truth))[2:].square().mean()
@@ -139,9 +140,26 @@ def test_a_resumed_run_in_the_middle_of_an_attack_gives_the_same_weights(model: 
 
 def test_an_attacker_keeps_to_the_words_he_began_with(model: DiffusionModel) -> None:
     watched = run(model, steps=6, identifiers=("sks", "ktn", "t@t", "zwx"))
-    words = [sample.embeddings[0] for sample, *_ in watched.visits]
+    words = [sample.given[0] for sample, *_ in watched.visits]
     assert all(torch.equal(one, two) for one, two in zip(words[::2], words[1::2], strict=True))
     assert any(not torch.equal(words[0], other) for other in words[2::2])
+
+
+def test_he_trains_the_text_encoder_and_it_is_put_back(model: DiffusionModel) -> None:
+    before = copied(model.text_encoder.parameters())
+    watched = run(model, steps=3)
+    assert all(torch.equal(*pair) for pair in zip(before, model.text_encoder.parameters(), strict=True))
+    (expected,) = model.embed_prompts([WORDS.instance])
+    changes = []
+    for sample, *_ in watched.visits:
+        assert all(torch.equal(row, expected) for row in sample.given)
+        assert all(torch.equal(row, sample.embeddings[0]) for row in sample.embeddings)
+        changes.append(float((sample.embeddings[0] - expected).norm()))
+    # Of the second update he goes on, with the third a new attack begins.
+    assert changes[1] > 1.3 * changes[0] > 0
+    assert changes[2] < 1.2 * changes[0]
+    frozen = run(model, attacker_text_encoder=False)
+    assert all(torch.equal(sample.embeddings, sample.given) for sample, *_ in frozen.visits)
 
 
 def test_retention_is_nothing_at_the_given_weights_and_grows_with_the_change(model: DiffusionModel) -> None:
