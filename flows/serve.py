@@ -84,11 +84,13 @@ def serve(
     console.print(f"automation '{HEARTBEATS}': {told}", highlight=False)
     console.print(f"serving protect-archive/{title}; stop it with Ctrl-C, what is done stays", highlight=False)
     from prefect import serve as run_deployments
+    from prefect.deployments.runner import RunnerDeployment
     from prefect.types.entrypoint import EntrypointType
 
     from flows.protect import protect_archive
 
-    deployment = protect_archive.to_deployment(
+    deployment = RunnerDeployment.from_flow(
+        protect_archive,
         title,
         schedule=schedule,
         paused=paused or None,  # None: whoever paused it in Prefect meant it
@@ -96,7 +98,7 @@ def serve(
         parameters={"config": parameters(config)},
         description=(
             f"Protects what is new or changed in `{config.source}` with {config.job.method.name}, into "
-            f"`{config.destination}`. One run at a time: what comes due meanwhile is cancelled, the next run covers it. "
+            f"`{config.destination}`. One run at a time: what comes due meanwhile is cancelled, the next covers it. "
             f"Served from `{job}`; settings that are changed here last until it is served again."
         ),
         tags=["fixative"],
