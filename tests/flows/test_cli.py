@@ -54,9 +54,10 @@ def done(ray_cluster: str, prefect_server: str, tmp_path_factory: pytest.TempPat
         "p.parquet": parquet_file({"r": picture(3)}),
     }
     fill(open_store(str(folder / "source"), LOCAL), objects)
-    result = fixative("protect", folder / "source", folder / "destination", "--method", FAKE, "--actors", 1)
+    places = (folder / "source", folder / "destination")
+    result = fixative("protect", *places, "--method", FAKE, "--actors", 1, "--lineage", f"file://{folder}/events.jsonl")
     assert result.code == 0, result
-    return folder / "source", folder / "destination"
+    return places
 
 
 # --- Errors
@@ -432,3 +433,55 @@ def test_a_flipped_byte_is_found_and_its_key_named(kind: str, done: tuple[Path, 
     result = fixative("inspect", damaged)
     assert result.code == 1, result
     assert f"{kind}/{file.name}" in result.error
+
+
+# --- What it hands to others
+
+
+def test_lineage_of_a_run(done: tuple[Path, Path], tmp_path: Path) -> None:
+    source, destination = done
+    lines = (source.parent / "events.jsonl").read_text().splitlines()
+    start, complete = map(json.loads, lines[:2])
+    assert (start["eventType"], complete["eventType"]) == ("START", "COMPLETE")
+    assert [item["name"] for item in complete["outputs"]] == [str(destination)]
+    assert complete["outputs"][0]["outputFacets"]["outputStatistics"]["rowCount"] == 3
+    (manifest, _) = finished(open_store(str(destination), LOCAL))
+    assert complete["run"]["facets"]["fixative"]["fixativeRunId"] == manifest.run_id
+    protect = ("protect", source, tmp_path / "other", "--method", FAKE, "--dry-run", "--lineage")
+    assert "lineage events go to https://lineage.example" in fixative(*protect, "https://lineage.example").out
+    result = fixative(*protect, "https://me:secret@lineage.example")
+    assert (result.code, "OPENLINEAGE_API_KEY" in result.error, "secret" in result.error) == (2, True, False)
+
+
+def test_export_of_a_finished_destination(done: tuple[Path, Path], tmp_path: Path) -> None:
+    destination = done[1]
+    images = tmp_path / "images"
+    export = ("export", destination, "--to", "files", "--out", images)
+    result = fixative(*export, "--dry-run")
+    assert (result.code, images.exists()) == (0, False)
+    assert "would export 3 images" in result.out
+    result = fixative(*export)
+    assert (result.code, result.err) == (0, ""), result
+    assert {str(path.relative_to(images)) for path in images.rglob("*.png")} == {"0.png", "2.png", "r.png"}
+    for words in ("exported 3 images", "3 new", "1 assets are quarantined", "1.png: decode:"):
+        assert words in result.out
+    (images / "0.png").write_bytes(b"something else")
+    result = fixative(*export)
+    assert (result.code, "not exported" in result.out, "--replace" in result.out) == (1, True, True)
+    told = json.loads(fixative(*export, "--replace", "--json").out)
+    assert (told["replaced"], told["present"], told["quarantined"][0]["asset_id"]) == (1, 2, "1.png")
+    result = fixative("export", destination, "--to", "webdataset", "--out", tmp_path / "tars")
+    assert (result.code, len(list((tmp_path / "tars").glob("shard-*.tar")))) == (0, 2)
+
+
+def test_exports_that_cannot_be(done: tuple[Path, Path], tmp_path: Path) -> None:
+    source, destination = done
+    for arguments, words in (
+        ((source, "--to", "files", "--out", tmp_path / "out"), "no run has finished here yet"),
+        ((destination, "--to", "files", "--out", destination / "images"), "overlap"),
+        ((destination, "--to", "files", "--out", "nowhere://out"), "nowhere"),
+    ):
+        result = fixative("export", *arguments)
+        assert (result.code, words in result.error) == (2, True), result
+    assert fixative("export", destination, "--to", "zip", "--out", tmp_path).code == 2
+    assert fixative("export", destination, "--to", "files").code == 2

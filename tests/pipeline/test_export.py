@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -257,6 +257,7 @@ def test_no_name_leaves_the_folder(name: str) -> None:
         LocalStore("/nowhere-at-all").info(path)  # the store's own check takes it
 
 
+@settings(max_examples=30)
 @given(st.lists(st.sampled_from(["a.png", "A.png", "á.png", "á.png", "b/a.png"]), max_size=12))
 def test_no_name_is_given_twice(wanted: list[str]) -> None:
     names, again = Names(), Names()
