@@ -156,7 +156,7 @@ def inspection(console: Console, results: list[dict[str, Any]]) -> None:
         console.print(table)
     if any(row.get("status") != "quarantined" for row in results):
         console.print("every hash was computed again from the stored bytes and agrees", style="green")
-    if any("content credentials" in row or row.get("signed") for row in results):
+    if any("content_credentials" in row or row.get("signed") for row in results):
         console.print("every signature holds, and its manifest says what row and XMP say", style="green")
 
 

@@ -129,7 +129,7 @@ def _check_row(row: dict[str, Any], authorities: str) -> dict[str, Any]:
     if pixel_sha256(stored) != row["pixel_sha256"]:
         raise IntegrityError(f"{name}: its stored pixels do not match pixel_sha256")
     rights = rights_in(stored.metadata.xmp)
-    if row.get("data_mining") != rights.get("data mining") and "data_mining" in row:
+    if row.get("data_mining") != rights.get("data_mining") and "data_mining" in row:
         raise IntegrityError(f"{name}: plus:DataMining of its XMP does not match data_mining")
     if row.get("c2pa_manifest") is None:
         return {"rights": rights}
@@ -140,9 +140,9 @@ def _check_row(row: dict[str, Any], authorities: str) -> dict[str, Any]:
         raise IntegrityError(f"{name}: {'; '.join(problems)}")
     return {
         "rights": rights,
-        "content credentials": {
+        "content_credentials": {
             "signature": "valid" if credentials.trusted is None else "valid, its signer trusted",
-            "signed by": f"{credentials.signed_by}, certificate {credentials.serial}",
+            "signed_by": f"{credentials.signed_by}, certificate {credentials.serial}",
             **{key.removeprefix("cawg."): use["use"] for key, use in (credentials.training_mining or {}).items()},
         },
     }
@@ -165,7 +165,7 @@ def _verify_shard(destination: Store, manifest: Manifest, authorities: str) -> d
     identities: list[tuple[str | None, ...]] = []
     signed = 0
     for row in rows_of(destination, manifest):
-        signed += "content credentials" in _check_row(row, authorities)
+        signed += "content_credentials" in _check_row(row, authorities)
         identities.append((row["asset_id"], row["pixel_sha256"], "protected", row["config_fingerprint"]))
     for row in quarantined_rows(destination, manifest):
         identities.append((row["asset_id"], None, "quarantined", row["config_fingerprint"]))

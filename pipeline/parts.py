@@ -157,7 +157,7 @@ def _protected_row(job: Job, asset: Asset, rung: int) -> dict[str, Any]:
         "objective_before": asset.objective_before,
         "objective_after": asset.objective_after,
         "metadata_dropped": list(image.metadata.dropped),
-        "data_mining": rights_in(measured.xmp).get("data mining"),
+        "data_mining": rights_in(measured.xmp).get("data_mining"),
         **signature,
     }
 

@@ -28,14 +28,14 @@ DATA_MINING = {
 TRAINING_MINING_KEYS = ("cawg.data_mining", "cawg.ai_inference", "cawg.ai_training", "cawg.ai_generative_training")
 
 _FIELDS = {
-    "data mining": "plus:DataMining",
+    "data_mining": "plus:DataMining",
     "constraint": "plus:OtherConstraints",
     "creator": "dc:creator",
-    "copyright notice": "dc:rights",
+    "copyright_notice": "dc:rights",
     "credit": "photoshop:Credit",
-    "usage terms": "xmpRights:UsageTerms",
-    "web statement": "xmpRights:WebStatement",
-    "licensor": "plus:Licensor",
+    "usage_terms": "xmpRights:UsageTerms",
+    "web_statement": "xmpRights:WebStatement",
+    "licensor_url": "plus:Licensor",
 }
 _EXIF_WORDS = {"dc:creator": "Author", "dc:rights": "Copyright"}
 _NOT_STATED = "not stated; ask the rights holder"
@@ -76,7 +76,7 @@ def with_rights(metadata: ImageMetadata, settings: ProvenanceSettings) -> ImageM
 
 
 def rights_in(xmp: bytes | None) -> dict[str, str]:
-    """What a packet says of rights, by plain names; several values are joined."""
+    """what a packet says of rights, by the names of the settings; several values are joined."""
     if xmp is None:
         return {}
     packet = Packet(xmp)
@@ -91,7 +91,7 @@ def training_mining(xmp: bytes | None) -> dict[str, Use] | None:
     neither a permission nor a prohibition that nobody gave.
     """
     rights = rights_in(xmp)
-    value = rights.get("data mining", "")
+    value = rights.get("data_mining", "")
     if value in ("", DATA_MINING["unspecified"]):
         return None
     names = {uri: name for name, uri in DATA_MINING.items()}
