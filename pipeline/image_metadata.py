@@ -50,12 +50,13 @@ _EXIF_TAGS = frozenset(
 _GPS_TAGS = frozenset(range(32))
 _INTEROP_TAGS = frozenset({1, 2})
 _UTF16_TEXT_TAGS = frozenset(range(0x9C9B, 0x9CA0))  # XPTitle .. XPSubject are text of type BYTE
-# Say how a TIFF lays out its pixels, or are read elsewhere (XMP, ICC): not worth a line in `dropped`.
+# Say how a TIFF lays out its pixels, or are read elsewhere (XMP, IPTC, ICC): not worth a line in `dropped`.
 _STRUCTURAL_TAGS = frozenset(
     {
         *range(0x00FE, 0x015C),
         *range(0x0200, 0x0215),
         0x02BC,
+        0x83BB,
         _EXIF_POINTER,
         0x8773,
         _GPS_POINTER,
