@@ -19,15 +19,15 @@ class Asset:
     asset_id: str
     source_uri: str
     source_etag: str
-    data: bytes | None
+    data: bytes | None = field(repr=False)
     source_sha256: str | None = None
     # Upright sRGB at the optimizer's size, uint8 (h, w, 3). None: the optimizer decodes by itself (large images).
-    view: npt.NDArray[np.uint8] | None = None
+    view: npt.NDArray[np.uint8] | None = field(default=None, repr=False)
     seed: int | None = None
     # What it shows, where the configuration names a column of subjects.
     subject: str | None = None
     # What the optimizer found: int8 (h, w, 3) in 8-bit levels, upright, at the view's size.
-    delta: npt.NDArray[np.int8] | None = None
+    delta: npt.NDArray[np.int8] | None = field(default=None, repr=False)
     steps: int | None = None
     objective_before: float | None = None
     objective_after: float | None = None
@@ -46,7 +46,7 @@ class Unit:
     rung: int
     assets: list[Asset]
     # The customer's columns as the source has them, one row per asset.
-    customer: pa.Table = field(default_factory=lambda: pa.table({}))
+    customer: pa.Table = field(default_factory=lambda: pa.table({}), repr=False)
 
     @property
     def part_key(self) -> str:

@@ -76,6 +76,13 @@ class Fatal:
     error: str
 
 
+@dataclass(frozen=True, slots=True, repr=False)
+class Parcel:
+    """What a block holds. It has no repr of its contents: Ray writes it to its logs, and there are pictures in it."""
+
+    item: Any
+
+
 @contextmanager
 def cluster(run: RunSettings) -> Iterator[Pool]:
     """Connects to the configured Ray cluster, or starts one on this machine for the run, and sizes the pool.
@@ -226,7 +233,7 @@ class Protect:
         self.clock = metrics.BusyClock()
 
     def __call__(self, batch: Batch) -> Iterator[Batch]:
-        stage = _STAGES.get(type(batch[ITEM][0]), "protect")
+        stage = _STAGES.get(type(batch[ITEM][0].item), "protect")
         with self.clock.working(stage, self.job.config.job.method.name):
             done = list(each(batch, stage, self._one))
         yield from done
@@ -272,7 +279,7 @@ def commit(batch: Batch, job: Job) -> Iterator[Batch]:
 def each(batch: Batch, stage: metrics.Stage, work: Callable[[Any], Iterator[Any]]) -> Iterator[Batch]:
     """Applies a stage to the one item of a batch. An item that fails travels on as ``Failed``, past later stages."""
     export_from_worker()
-    (item,) = batch[ITEM]
+    item = batch[ITEM][0].item
     if isinstance(item, Failed | Fatal):
         yield _boxed(item)
         return
@@ -294,14 +301,14 @@ def _shard_id(item: Any) -> str:
 
 
 def _boxed(item: Any) -> Batch:
-    box = np.empty(1, object)  # np.array would take a sequence apart
-    box[0] = item
+    box = np.empty(1, object)
+    box[0] = Parcel(item)
     return {ITEM: box}
 
 
 def source(items: Sequence[Any], name: str) -> Dataset:
     """A stream of the items, one per block; Ray's dashboard and metrics show it under the name."""
-    stream = ray.data.from_items([{ITEM: item} for item in items], override_num_blocks=len(items))
+    stream = ray.data.from_items([{ITEM: Parcel(item)} for item in items], override_num_blocks=len(items))
     stream.set_name(name)
     # Every row is a block of its own, also the ones that a generator yields: a unit is what Ray schedules.
     stream.context.target_max_block_size = 1
@@ -334,7 +341,7 @@ def results(stream: Dataset) -> Iterator[Any]:
     """
     try:
         for batch in stream.iter_batches(batch_size=1, batch_format="numpy", prefetch_batches=0):
-            (item,) = batch[ITEM]
+            item = batch[ITEM][0].item
             if isinstance(item, Fatal):
                 raise FatalWorkerError(item.error)
             yield item

@@ -23,7 +23,7 @@ from tests.e2e.command import job_file, running, until
 from tests.pipeline.archives import photo, write_folder
 from tests.pipeline.local_job import FAKE, check_shard, job_config
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(600)
 FORGOTTEN_S = 2.5  # Ray forgets a gauge two reports after it was set; tests have one a second
 
 Totals = Mapping[tuple[str, frozenset[tuple[str, str]]], float]
@@ -123,7 +123,18 @@ def test_a_run_exports_every_metric(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert came(metrics.IMAGES_COMMITTED, status="quarantined") == manifest.rows_quarantined == 1
     assert came(metrics.ACTOR_BUSY, stage="protect") > 0
     assert not any(secret in str(now) for secret in (str(tmp_path), ".png", job.run_id)), "tags name no asset or place"
+    assert sum(b"PNG" in path.read_bytes() for path in ray_logs()) == 0, "Ray's logs hold a picture"
     until(lambda: of(endpoint.totals(), metrics.OPEN_IMAGES) is None, "the end of what lives with the run", 30)
+
+
+def ray_logs() -> list[Path]:
+    """Every log of the cluster's session. Ray Data writes there what it could not convert, item by item."""
+    import ray
+
+    folder = Path(ray.worker._global_node.get_logs_dir_path())
+    logs = [path for path in folder.rglob("*") if path.is_file()]
+    assert any(path.name.startswith("ray-data") for path in logs)
+    return logs
 
 
 @pytest.mark.slow
