@@ -40,7 +40,10 @@ def outcome(tmp_path: Path, files: dict[str, bytes], **run: Any) -> Outcome:
     tally = Tally(run=config.run, assets=result.plan.rows, protected=len(files))
     return Outcome(
         job=result.job, plan=result.plan, tally=tally, manifests=result.manifests, report_key="reports/r/v.json",
-        survival=[Survival("jpeg75", 0.456, 0.4, 0.5, 3), Survival("none", 1.0, 1.0, 1.0, 3)],
+        survival=[
+            Survival(purifier="jpeg75", share=0.456, low=0.4, high=0.5, images=3),
+            Survival(purifier="none", share=1.0, low=1.0, high=1.0, images=3),
+        ],
     )  # fmt: skip
 
 
