@@ -16,11 +16,13 @@ from flows.progress import logged, observer
 from pipeline.config import JobConfig
 from pipeline.croissant import write_card
 from pipeline.errors import PipelineError, StorageError
+from pipeline.inspection import quarantined_rows
 from pipeline.job import Job
 from pipeline.lineage import Written, lineage
 from pipeline.manifest import Manifest, read_commits, read_manifests, read_success, says
 from pipeline.plan import Plan, Shard, plan_columns
 from pipeline.run import Tally, Task, cut_waves, prepare, publish, raised
+from pipeline.storage import Store
 from pipeline.verify.report import read_verification, write_verification
 from pipeline.verify.statistics import Survival
 
@@ -34,7 +36,10 @@ class Outcome:
     job: Job
     plan: Plan
     tally: Tally
+    # Of the shards that are published, or will be: not those that others have replaced.
     manifests: list[Manifest] = field(default_factory=list)
+    # Quarantined assets whose source is still in the archive as it was.
+    quarantined: int = 0
     survival: list[Survival] = field(default_factory=list)
     report_key: str | None = None
     # Shards of the plan that have no manifest.
@@ -46,9 +51,8 @@ class Outcome:
         lines = [reason for _, reason in self.plan.unreadable]
         reasons = self.tally.failed
         lines += [f"{shard.shard_id}: {reasons.get(shard.shard_id, 'not committed')}" for shard in self.uncommitted]
-        quarantined = sum(manifest.rows_quarantined for manifest in self.manifests)
-        if quarantined > self.tally.tolerated:
-            lines.append(f"{quarantined} assets are quarantined, {self.tally.tolerated:g} are tolerated")
+        if self.quarantined > self.tally.tolerated:
+            lines.append(f"{self.quarantined} assets are quarantined, {self.tally.tolerated:g} are tolerated")
         return lines
 
 
@@ -145,16 +149,29 @@ def publish_results(outcome: Outcome) -> None:
     committed = read_commits(destination).committed
     outcome.uncommitted = [shard for shard in plan.shards if shard.shard_id not in committed]
     done = [shard for shard in plan.shards if shard.shard_id in committed]
-    outcome.manifests = read_manifests(destination, [shard.shard_id for shard in done])
+    manifests = read_manifests(destination, [shard.shard_id for shard in done])
+    outcome.manifests = [manifest for manifest in manifests if manifest.shard_id not in plan.replaced]
+    outcome.quarantined = sum(_quarantined(plan, destination, manifest) for manifest in outcome.manifests)
     published = read_success(destination)
-    if published is not None and says(published, [item.key for item in outcome.manifests], plan.outdated):
+    if published is not None and says(published, [item.key for item in manifests], plan.outdated):
         outcome.report_key = published["report"]  # nothing is new: the last report still tells everything
         outcome.survival = read_verification(destination, published["report"])
         write_card(destination)  # the run that published may have died before it wrote one
         return
-    outcome.report_key, outcome.survival = write_verification(job, done, outcome.manifests)
+    current = [shard for shard in done if shard.shard_id not in plan.replaced]
+    outcome.report_key, outcome.survival = write_verification(job, current, outcome.manifests)
     if not outcome.problems:
-        publish(job, plan, outcome.manifests, outcome.report_key)
+        publish(job, plan, manifests, outcome.report_key)
+
+
+def _quarantined(plan: Plan, destination: Store, manifest: Manifest) -> int:
+    """Quarantined assets of a shard, but for those that were mended in the source or taken away since."""
+    outdated = {key for keys in plan.outdated.values() for key in keys.get(manifest.shard_id, ())}
+    if not outdated or not manifest.rows_quarantined:
+        return manifest.rows_quarantined
+    if manifest.source["kind"] != "files":
+        return 0  # its one source object is outdated
+    return sum(row["asset_id"] not in outdated for row in quarantined_rows(destination, manifest))
 
 
 @flow(name=FLOW, on_crashed=[tell_interruption], on_cancellation=[tell_interruption])
