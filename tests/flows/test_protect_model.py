@@ -48,7 +48,7 @@ def protect(folder: Path, out: Path, *options: object) -> Result:
             ["--concept", "s3://photos/rex", "--class-word", "dog", "--s3-endpoint", "http://me:secret@127.0.0.1:1"],
             ["the S3 endpoint http://127.0.0.1:1 was given with credentials"],
         ),
-        (["--concept", "{}/subjects.parquet#rex", "--method", "mist"], ["mist", "Known: apdm,"]),
+        (["--concept", "{}/subjects.parquet#rex", "--method", "mist"], ["mist", "Known: anchored, apdm,"]),
         (["--concept", "{}/subjects.parquet#rex", "--set", "steps=few"], ["steps", "few", "int"]),
         (["--concept", "{}/subjects.parquet#rex", "--seed", str(2**64)], ["seed", "less than 18446744073709551616"]),
     ],

@@ -38,7 +38,7 @@ KEYS = {
     "antipure": "c74315db47225704",
     "aspl": "050acd0a10fd25bd",
     "diffusion_guard": "c955353b4baea1e0",
-    "fixative": "a155972d288a7813",
+    "fixative": "00bd1657e26be3cb",
     "fsmg": "3a5eb10f519b661a",
     "metacloak": "4f4461fb23509099",
     "mist": "7a29251ae172cb5b",
