@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
-from prefect.artifacts import create_image_artifact, create_link_artifact, create_markdown_artifact
+from prefect.artifacts import create_link_artifact, create_markdown_artifact
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import ArtifactCreate
 
@@ -72,6 +72,13 @@ def _row(manifest: Manifest) -> dict[str, Any]:
     }
 
 
+def _short(manifest: Manifest) -> dict[str, Any]:
+    """The row as narrow as Prefect's page."""
+    row = _row(manifest)
+    row["left"] = row.pop("left after the worst purifier")
+    return row
+
+
 def _worst(survival: Sequence[dict[str, Any]]) -> float | None:
     shares = [item["share"] for item in survival if item["purifier"] != NO_PURIFIER and item["share"] is not None]
     return round(min(shares), 3) if shares else None
@@ -94,8 +101,12 @@ def summary_text(outcome: Outcome) -> str:
     if changes.gone:
         lines += [f"What is gone from the source stays published; `{SUCCESS_KEY}` lists it under `gone`.", ""]
     if ours:
-        lines += [f"Shards committed by this run: {len(ours)}" + _cut(len(ours)), ""]
-        lines += [_table([_row(manifest) for manifest in ours[:SHARDS]]), ""]
+        lines += [
+            f"Shards committed by this run: {len(ours)}{_cut(len(ours))}. Left: share of the objective's gain after "
+            "the worst purifier.",
+            "",
+        ]
+        lines += [_table([_short(manifest) for manifest in ours[:SHARDS]]), ""]
     else:
         lines += ["This run committed no shard.", ""]
     return "\n".join(lines)
@@ -160,9 +171,10 @@ def _publish_pictures(outcome: Outcome) -> None:
         observer().note(f"no pictures for Prefect: {error}")
         return
     data = base64.b64encode(strip(pairs)).decode()
-    create_image_artifact(
+    # Not an image artifact: beside the image Prefect's page writes its address, which is the whole image here.
+    create_markdown_artifact(
         key="protect-pictures",
-        image_url=f"data:image/jpeg;base64,{data}",
+        markdown=f"![protected images](data:image/jpeg;base64,{data})",
         description=f"Above: protected images of {manifest.shard_id}, small. Below: what was changed in them, "
         f"x{2 * AMPLIFIED}, without its sign, so that no original can be had back.",
     )

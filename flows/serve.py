@@ -83,11 +83,11 @@ def serve(
         told = ensure(client, heartbeat_automation())
     console.print(f"automation '{HEARTBEATS}': {told}", highlight=False)
     console.print(f"serving protect-archive/{title}; stop it with Ctrl-C, what is done stays", highlight=False)
-    from prefect import serve as run_deployments
     from prefect.deployments.runner import RunnerDeployment
     from prefect.types.entrypoint import EntrypointType
 
     from flows.protect import protect_archive
+    from flows.runner import run
 
     deployment = RunnerDeployment.from_flow(
         protect_archive,
@@ -104,8 +104,7 @@ def serve(
         tags=["fixative"],
         entrypoint_type=EntrypointType.MODULE_PATH,
     )
-    # A supervisor may start this process again at any time: the schedule stays on, what comes due meanwhile is late.
-    run_deployments(deployment, pause_on_shutdown=False, print_starting_message=False)
+    run(deployment)
 
 
 def absolute(config: JobConfig) -> JobConfig:

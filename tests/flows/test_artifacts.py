@@ -29,7 +29,7 @@ from tests.pipeline.local_job import data_table, job_config, run_job
 def created(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, Any]]:
     """The artifacts by key."""
     found: dict[str, dict[str, Any]] = {}
-    for name in ("create_markdown_artifact", "create_link_artifact", "create_image_artifact"):
+    for name in ("create_markdown_artifact", "create_link_artifact"):
         monkeypatch.setattr(artifacts, name, lambda key, **fields: found.update({key: fields}))
     return found
 
@@ -82,8 +82,8 @@ def test_a_run_that_is_not_complete(tmp_path: Path, created: dict[str, dict[str,
 def test_pictures_show_what_is_stored_and_what_was_changed(tmp_path: Path, created: dict[str, dict[str, Any]]) -> None:
     run = outcome(tmp_path, {f"{n}.png": photo(n) for n in range(6)}, pictures=2)
     publish_artifacts(run)
-    kind, _, text = created["protect-pictures"]["image_url"].partition(",")
-    assert kind == "data:image/jpeg;base64"
+    kind, _, text = created["protect-pictures"]["markdown"].removesuffix(")").partition(",")
+    assert kind.endswith("(data:image/jpeg;base64")
     with Image.open(io.BytesIO(base64.b64decode(text))) as sheet:
         assert not sheet.getexif()
         pixels = np.asarray(sheet.convert("RGB")).astype(int)

@@ -2,7 +2,7 @@
 
 Slow: a server, a runner and a Ray cluster for every run. Contract: 1. serving again changes nothing; 2. a second run
 protects only what was added or replaced; 3. runs do not overlap; 4. a run whose processes are killed is shown as
-crashed, and the next one goes on; 5. the form shows every setting with its description, the run's page its artifacts;
+crashed, one whose process is told to stop as cancelled, and the next one goes on; 5. the form shows every setting with its description, the run's page its artifacts;
 6. `prefect deploy` makes the same of ``infra/prefect.yaml``, and a worker runs it.
 """
 
@@ -165,6 +165,19 @@ def test_a_schedule_and_its_runs(served: Served) -> None:
         until(lambda: served.deployment().paused, "the deployment to be paused", WAIT_S)
         assert (served.deployment().id, len(served.deployment().schedules)) == (made.id, 1)
     assert len(served.client.read_automations_by_name(HEARTBEATS)) == 1
+
+
+def test_a_process_that_is_told_to_stop(served: Served) -> None:
+    stopped = served.folder / "stopped"
+    job = {"archive": {"unit_assets": 1}, "method": {"name": FAKE, "overrides": {"sleep_s": 5.0}}}
+    with served.serving() as command:
+        until(lambda: _registered(served), "the deployment", WAIT_S)
+        run = served.start(destination=str(stopped), job=job)
+        until(lambda: any(stopped.glob("parts/*/*.parquet")), "the first part", WAIT_S)
+        command.process.terminate()
+        assert command.wait(120).code == 0
+    assert served.ended(run).is_cancelled()
+    assert "Nothing is lost" in served.artifacts(run)["protect-summary"]
 
 
 def test_a_run_that_was_killed(served: Served) -> None:
