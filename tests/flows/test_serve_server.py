@@ -2,8 +2,9 @@
 
 Slow: a server, a runner and a Ray cluster for every run. Contract: 1. serving again changes nothing; 2. a second run
 protects only what was added or replaced; 3. runs do not overlap; 4. a run whose processes are killed is shown as
-crashed, one whose process is told to stop as cancelled, and the next one goes on; 5. the form shows every setting with its description, the run's page its artifacts;
-6. `prefect deploy` makes the same of ``infra/prefect.yaml``, and a worker runs it.
+crashed, one whose process is told to stop as cancelled, and the next one goes on; 5. the form shows every setting with
+its description, the run's page its artifacts; 6. `prefect deploy` makes the same of ``infra/prefect.yaml``, and a
+worker runs it.
 """
 
 from __future__ import annotations
