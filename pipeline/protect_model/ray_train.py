@@ -22,7 +22,10 @@ from protectors.model_files import ModelError
 POLL_S = 1.0
 # Of a lost worker or machine: the next one goes on from the checkpoint.
 RETRIES = 8
-_GIVE_BACK_S = 20.0  # for cancelled tasks to let go of their folders
+# For cancelled tasks to let go of their folders, and how often they are told: the first time may fall on deaf ears, as
+# Python drops an interrupt that comes while it frees an object.
+_GIVE_BACK_S = 10.0
+_TOLD = 3
 
 Event = tuple[str, int, int]
 Progress = Callable[[str, int, int], None]
@@ -143,7 +146,8 @@ def _show(board: Any, progress: Progress) -> None:
 
 def _cancel(tasks: list[Any]) -> None:
     """Ends what is still running when the driver is interrupted, so that it gives its folder back."""
-    for task in tasks:
-        ray.cancel(task)
-    if tasks:
-        ray.wait(tasks, num_returns=len(tasks), timeout=_GIVE_BACK_S)
+    for _ in range(_TOLD):
+        for task in tasks:
+            ray.cancel(task)
+        if tasks:
+            _, tasks = ray.wait(tasks, num_returns=len(tasks), timeout=_GIVE_BACK_S)

@@ -82,7 +82,12 @@ def test_side_by_side_and_after_a_death(folder: Path, tmp_path: Path, monkeypatc
         assert total == 48
         events.append((name, done))
         if name == "rex" and done >= 2 and not killed:
-            (worker,) = (one for one in psutil.process_iter() if "ray::protect-model rex" in " ".join(one.cmdline()))
+            # The command line is None of those that are just ending.
+            (worker,) = (
+                one
+                for one in psutil.process_iter(["cmdline"])
+                if "ray::protect-model rex" in " ".join(one.info["cmdline"] or [])
+            )
             killed.append(worker.pid)
             worker.kill()
 
