@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,7 @@ from protectors.model_files import ModelError
 POLL_S = 1.0
 # Of a lost worker or machine: the next one goes on from the checkpoint.
 RETRIES = 8
-# For cancelled tasks to let go of their folders, and how often they are told: the first time may fall on deaf ears, as
-# Python drops an interrupt that comes while it frees an object.
-_GIVE_BACK_S = 10.0
-_TOLD = 3
+_GIVE_BACK_S = 20.0  # for cancelled tasks to let go of their folders
 
 Event = tuple[str, int, int]
 Progress = Callable[[str, int, int], None]
@@ -89,6 +87,8 @@ def train_on_ray(jobs: Mapping[str, ModelJob], address: str, progress: Progress)
 
 def _train(name: str, job: ModelJob, board: Any) -> str | None:
     """The task: why it failed, as a value, because Ray buries exceptions in tracebacks."""
+    # Ray cancels a task by an interrupt, which Python does not hear where a shell began the cluster in the background.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if _gpus(job) == 0:
         # Sums are rounded by thread count: a fixed number keeps weights equal on every machine of a kind.
         torch.set_num_threads(1)
@@ -146,8 +146,7 @@ def _show(board: Any, progress: Progress) -> None:
 
 def _cancel(tasks: list[Any]) -> None:
     """Ends what is still running when the driver is interrupted, so that it gives its folder back."""
-    for _ in range(_TOLD):
-        for task in tasks:
-            ray.cancel(task)
-        if tasks:
-            _, tasks = ray.wait(tasks, num_returns=len(tasks), timeout=_GIVE_BACK_S)
+    for task in tasks:
+        ray.cancel(task)
+    if tasks:
+        ray.wait(tasks, num_returns=len(tasks), timeout=_GIVE_BACK_S)
