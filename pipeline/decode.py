@@ -39,7 +39,7 @@ _BROKEN_FILE = (
     Image.DecompressionBombError,
     Image.DecompressionBombWarning,
 )
-_NEW_SUBFILE_TYPE, _BITS_PER_SAMPLE, _PHOTOMETRIC, _DNG_VERSION = 254, 258, 262, 50706
+_NEW_SUBFILE_TYPE, _SUBFILE_TYPE, _BITS_PER_SAMPLE, _PHOTOMETRIC, _DNG_VERSION = 254, 255, 258, 262, 50706
 _WHITE_IS_ZERO = 0
 _MPF_ENTRIES = 0xB002
 _INVERSE_ORIENTATION = {6: 8, 8: 6}  # all others undo themselves
@@ -90,7 +90,7 @@ def decode(data: bytes, *, limits: DecodeLimits) -> DecodedImage:
     """Decodes a whole JPEG, PNG, WebP or TIFF of one picture; thread-safe.
 
     PNG gAMA and cHRM chunks are ignored (sRGB is assumed). The previews and gain maps that cameras append
-    to a JPEG are left out and named in ``metadata.dropped``.
+    to a JPEG, and those that a TIFF has as further pages, are left out and named in ``metadata.dropped``.
 
     Raises:
         DecodeError: truncated or broken, another format, too large or small, several pages or frames, or
@@ -203,12 +203,27 @@ def _check_header(image: ImageFile.ImageFile, limits: DecodeLimits) -> None:
         raise DecodeError(f"{width}x{height} pixels: a side is shorter than min_side={limits.min_side}")
     if isinstance(image, MpoImageFile):
         _check_further_pictures(image)
-    elif getattr(image, "is_animated", False):
+    elif getattr(image, "is_animated", False) and not _previews_follow(image):
         raise DecodeError("several pages or frames, of which only one could be kept; split the file first")
-    if isinstance(image, TiffImagePlugin.TiffImageFile):
-        tags = image.tag_v2
-        if _DNG_VERSION in tags or int(tags.get(_NEW_SUBFILE_TYPE, 0)) & 1:
-            raise DecodeError("a camera raw file whose readable picture is a preview; develop it to JPEG or TIFF")
+    if isinstance(image, TiffImagePlugin.TiffImageFile) and (_DNG_VERSION in image.tag_v2 or _is_preview(image)):
+        raise DecodeError("a camera raw file whose readable picture is a preview; develop it to JPEG or TIFF")
+
+
+def _is_preview(page: TiffImagePlugin.TiffImageFile) -> bool:
+    """Whether the current page says that it is another one's at a lower resolution."""
+    return bool(int(page.tag_v2.get(_NEW_SUBFILE_TYPE, 0)) & 1) or page.tag_v2.get(_SUBFILE_TYPE) == 2
+
+
+def _previews_follow(image: ImageFile.ImageFile) -> bool:
+    """Whether this is a TIFF whose further pages are previews of the first; it is left at that."""
+    if not isinstance(image, TiffImagePlugin.TiffImageFile):
+        return False
+    found = []
+    for page in range(1, image.n_frames):
+        image.seek(page)
+        found.append(_is_preview(image))
+    image.seek(0)
+    return all(found)
 
 
 def _check_further_pictures(image: MpoImageFile) -> None:

@@ -33,6 +33,7 @@ _MAX_XMP_SOURCE_BYTES = 2**20  # the parsed tree takes about 30 times as much
 _EXIF_PREFIX = b"Exif\0\0"
 _ORIENTATION, _X_RESOLUTION, _Y_RESOLUTION, _RESOLUTION_UNIT = 0x0112, 0x011A, 0x011B, 0x0128
 _EXIF_POINTER, _GPS_POINTER, _INTEROP_POINTER = 0x8769, 0x8825, 0xA005
+_SUB_IFDS = 0x014A
 _ASCII, _SHORT, _LONG, _RATIONAL = 2, 3, 4, 5
 _TYPE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8}
 
@@ -235,7 +236,9 @@ def _read_ifd(block: bytes, order: str, start: int, allowed: frozenset[int], dro
         size = count * _TYPE_BYTES.get(kind, 0)
         limit = MAX_TEXT_BYTES if kind == _ASCII or tag in _UTF16_TEXT_TAGS else _MAX_BLOB_BYTES
         if tag not in allowed or not 0 < size <= limit:  # before slicing: a hostile count must not cost memory
-            if tag not in _STRUCTURAL_TAGS:
+            if tag == _SUB_IFDS:
+                dropped.append("TIFF SubIFDs (previews)")
+            elif tag not in _STRUCTURAL_TAGS:
                 dropped.append(f"EXIF tag 0x{tag:04x}")
             continue
         offset = at + 8 if size <= 4 else _pointer(block, order, at + 8)

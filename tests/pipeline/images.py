@@ -144,9 +144,43 @@ def animated_webp() -> bytes:
     return save(picture(), "WEBP", save_all=True, append_images=[Image.new("RGB", (56, 40), "red")])
 
 
-def camera_mpo(kind: int) -> bytes:
+def tiff_with_previews(data: bytes, preview: bytes, *, pages: tuple[int, ...] = (1,)) -> bytes:
+    """A little-endian TIFF with the JPEG in a SubIFD, and in further pages of these NewSubfileTypes (1: preview)."""
+    start = struct.unpack_from("<I", data, 4)[0]
+    count = struct.unpack_from("<H", data, start)[0]
+    entries = [data[at : at + 12] for at in range(start + 2, start + 2 + 12 * count, 12)]
+    out = data + bytes(len(data) % 2)
+    picture_at = len(out)
+    out += preview + bytes(len(preview) % 2)
+    depths = struct.pack("<HHII", 258, 3, 3, len(out))
+    out += struct.pack("<3H", 8, 8, 8)
+
+    def directory(fields: list[bytes], following: int) -> bytes:
+        fields.sort(key=lambda field: struct.unpack("<H", field[:2]))
+        return struct.pack("<H", len(fields)) + b"".join(fields) + struct.pack("<I", following)
+
+    def page(kind: int, following: int) -> bytes:
+        with Image.open(io.BytesIO(preview)) as shown:
+            width, height = shown.size
+        values = {254: kind, 256: width, 257: height, 259: 7, 262: 6, 277: 3, 278: height}
+        values |= {273: picture_at, 279: len(preview)}
+        return directory([depths, *(struct.pack("<HHII", tag, 4, 1, value) for tag, value in values.items())], following)
+
+    following = 0
+    for kind in reversed(pages):
+        at = len(out)
+        out += page(kind, following)
+        following = at
+    hidden = struct.pack("<HHII", 330, 4, 1, len(out))
+    out += page(1, 0)
+    first = directory([*entries, hidden], following)
+    return out[:4] + struct.pack("<I", len(out)) + out[8:] + first
+
+
+def camera_mpo(kind: int, preview: Image.Image | None = None, **options: Any) -> bytes:
     """A JPEG with a second picture behind it, of an MPF type such as 0x010002 (preview) or 0x020002 (stereo)."""
-    data = save(picture(), "MPO", save_all=True, append_images=[Image.new("RGB", (56, 40), "red")])
+    further = preview or Image.new("RGB", (56, 40), "red")
+    data = save(picture(), "MPO", save_all=True, append_images=[further], **options)
     at = data.index(b"MPF\0") + 4
     second = data.rindex(struct.pack("<I", 0x030000), at, at + 100) + 16  # 16 bytes per entry, attributes first
     return data[:second] + struct.pack("<I", kind) + data[second + 4 :]

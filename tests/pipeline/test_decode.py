@@ -198,6 +198,7 @@ def test_profile_that_does_not_fit_is_dropped_and_named(mode: str, profile: byte
         (images.bomb_webp(), "decompression bomb"),
         (images.animated_webp(), "pages or frames"),
         (images.multi_page_tiff(), "pages or frames"),
+        (images.tiff_with_previews(images.plain("TIFF"), images.plain("JPEG"), pages=(1, 0)), "pages or frames"),
         (images.camera_mpo(0x020002), "several pictures"),
         (images.plain("PNG", height=15), "min_side"),
     ],
@@ -217,6 +218,19 @@ def test_preview_behind_a_camera_jpeg_is_left_out_and_named() -> None:
     image = decode(images.camera_mpo(0x010002), limits=LIMITS)
     assert image.source_format == "JPEG"
     assert any("previews" in name for name in image.metadata.dropped)
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_previews_in_a_tiff_are_left_out_and_named(orientation: int) -> None:
+    whole = images.oriented("TIFF", orientation)
+    preview = images.save(Image.new("RGB", (28, 20), "red"), "JPEG")
+    image, alone = (decode(data, limits=LIMITS) for data in (images.tiff_with_previews(whole, preview), whole))
+    np.testing.assert_array_equal(image.pixels, alone.pixels)
+    assert (image.orientation, image.metadata.exif) == (alone.orientation, alone.metadata.exif)
+    assert set(image.metadata.dropped) - set(alone.metadata.dropped) == {
+        "TIFF SubIFDs (previews)",
+        "EXIF thumbnail (IFD1)",
+    }
 
 
 def test_limit_is_ours_whatever_the_process_says(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,9 +88,11 @@ def segment(marker: int, body: bytes) -> bytes:
 
 
 def rich_jpeg() -> bytes:
-    data = images.plain(
-        "JPEG", exif=exif_with_thumbnail(), xmp=RICH, icc_profile=images.adobe_rgb_profile(), dpi=(300, 300)
-    )
+    preview = Image.new("RGB", (28, 20), "red")
+    preview.info["comment"] = MARK
+    options = {"exif": exif_with_thumbnail(), "icc_profile": images.adobe_rgb_profile(), "dpi": (300, 300)}
+    data = images.camera_mpo(0x010001, preview, xmp=RICH, **options)
+    assert b"\xff\xfe" + struct.pack(">H", len(MARK) + 2) + MARK in data, "in the picture that MPF points to"
     extra = segment(0xE0, b"JFXX\0\x10" + THUMBNAIL) + segment(0xED, b"Photoshop 3.0\0" + resources())
     return data[:20] + extra + data[20:] + THUMBNAIL  # JFIF first; a preview behind the end, as cameras append it
 
@@ -113,7 +115,8 @@ def rich_webp() -> bytes:
 def rich_tiff() -> bytes:
     block = exif_block()
     block[700], block[33723], block[34377] = RICH, iptc(), resources()
-    return images.plain("TIFF", exif=block.tobytes(), icc_profile=images.adobe_rgb_profile(), dpi=(300, 300))
+    data = images.plain("TIFF", exif=block.tobytes(), icc_profile=images.adobe_rgb_profile(), dpi=(300, 300))
+    return images.tiff_with_previews(data, THUMBNAIL)
 
 
 def with_credentials(data: bytes, format: str, signer: Files) -> bytes:
@@ -187,6 +190,7 @@ def test_every_field_survives(tmp_path: Path, signer: Files, format: str) -> Non
         assert after == before, name
         with Image.open(io.BytesIO(stored)) as image:
             assert image.format == format.upper()
+            assert getattr(image, "n_frames", 1) == 1
             said = image.getxmp()["xmpmeta"]["RDF"]["Description"]
         # Added: the reservation and the credit. The image has a notice and an author, so the operator's stay out.
         assert said["DataMining"] == row["data_mining"] == f"{VOCABULARY}DMI-PROHIBITED-AIMLTRAINING"
@@ -238,6 +242,8 @@ def test_nothing_of_an_original_and_no_secret_gets_out(
     rows = data_table(tmp_path / "out", outcome.manifests[0]).to_pylist()
     assert len(rows) == 6
     dropped = {row["asset_id"]: set(row["metadata_dropped"]) for row in rows}
+    assert "further pictures of the JPEG (previews, gain maps)" in dropped["a.jpg"]
+    assert "TIFF SubIFDs (previews)" in dropped["d.tiff"]
     assert all(b"c2pa.thumbnail" in data for data in signed.values())
     assert "C2PA manifest (JPEG APP11)" in dropped["e.jpg"]
     assert "C2PA manifest (PNG caBX)" in dropped["f.png"]
