@@ -113,14 +113,23 @@ def _start(address: str | None, actors: int | None) -> None:
     try:
         with _quiet_stderr():
             ray.init(address=address, **options)
-    except ray.exceptions.AuthenticationError as error:
-        raise UserError(
-            f"the Ray cluster at '{address}' refuses this process: set RAY_AUTH_MODE=token, RAY_AUTH_TOKEN to its token"
-        ) from error
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (ray.exceptions.AuthenticationError, ConnectionError, RuntimeError, ValueError) as error:
+        if _is_refusal(error):
+            raise UserError(
+                f"the Ray cluster at '{address}' refuses this process: "
+                "set RAY_AUTH_MODE=token, RAY_AUTH_TOKEN to its token"
+            ) from error
         raise UserError(f"no Ray cluster at '{address}': {error}") from error
     finally:
         signal.signal(signal.SIGTERM, handler)
+
+
+def _is_refusal(error: BaseException | None) -> bool:
+    """Whether the cluster wants another token. Ray 2.60 quotes that in the message of the error below its own."""
+    if error is None:
+        return False
+    name = ray.exceptions.AuthenticationError.__name__
+    return isinstance(error, ray.exceptions.AuthenticationError) or name in str(error) or _is_refusal(error.__cause__)
 
 
 @contextmanager

@@ -50,9 +50,8 @@ class Node:
         return found
 
     def actors(self) -> list[psutil.Process]:
-        """Optimizer actors on it."""
-        names = [child for child in self.raylet().children() if "MapWorker" in " ".join(child.cmdline())]
-        return [child for child in names if "Optimize" in child.cmdline()[0]]
+        """The pool's actors on it."""
+        return [child for child in self.raylet().children() if "MapWorker(MapBatches(Protect))" in child.name()]
 
 
 @contextmanager
@@ -115,6 +114,7 @@ def test_a_run_goes_on_without_a_lost_node(
     with running("protect", source.url, hurt.url, *options, home=prefect_home, environment=environment) as command:
         begun = time.monotonic()
         until(lambda: starts(hurt) or command.process.poll() is not None, "a unit to begin", START_S)
+        assert command.process.poll() is None, command.wait(10)
         lost = next(worker for worker in workers if worker.actors())
         before = sum(1 for _ in hurt.list("parts/"))
         lost.raylet().kill()

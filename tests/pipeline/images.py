@@ -164,7 +164,8 @@ def tiff_with_previews(data: bytes, preview: bytes, *, pages: tuple[int, ...] = 
             width, height = shown.size
         values = {254: kind, 256: width, 257: height, 259: 7, 262: 6, 277: 3, 278: height}
         values |= {273: picture_at, 279: len(preview)}
-        return directory([depths, *(struct.pack("<HHII", tag, 4, 1, value) for tag, value in values.items())], following)
+        fields = [struct.pack("<HHII", tag, 4, 1, value) for tag, value in values.items()]
+        return directory([depths, *fields], following)
 
     following = 0
     for kind in reversed(pages):
