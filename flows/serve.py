@@ -167,7 +167,10 @@ def limit() -> ConcurrencyLimitConfig:
 
 
 def heartbeat_automation() -> Automation:
-    """Marks runs as crashed whose process died without a word; self-hosted Prefect has no such rule of its own."""
+    """Marks runs as crashed whose process died without a word; self-hosted Prefect has no such rule of its own.
+
+    ``infra/heartbeat.yaml`` is the same for those who deploy without ``fixative serve``.
+    """
     from prefect.automations import Automation, ChangeFlowRunState, EventTrigger, Posture, ResourceSpecification
     from prefect.client.schemas.objects import StateType
     from prefect.settings import get_current_settings
@@ -180,8 +183,8 @@ def heartbeat_automation() -> Automation:
     ended = {f"prefect.flow-run.{state}" for state in ("Completed", "Failed", "Cancelled", "Crashed")}
     return Automation(
         name=HEARTBEATS,
-        description=f"Created by `fixative serve`. Runs of {FLOW} send a heartbeat every {seconds} s; after {MISSED} "
-        "missing ones the run counts as crashed. What it did is stored, and the next run goes on.",
+        description=f"Runs of {FLOW} send a heartbeat every {seconds} s; after {MISSED} missing ones the run counts as "
+        "crashed. What it did is stored, and the next run goes on.",
         trigger=EventTrigger(
             after={"prefect.flow-run.heartbeat"},
             expect={"prefect.flow-run.heartbeat", *ended},

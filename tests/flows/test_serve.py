@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from prefect.automations import Automation
+from prefect.automations import Automation, AutomationCore
 from prefect.client.schemas.schedules import CronSchedule
 from prefect.settings import PREFECT_API_URL, PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 from prefect.utilities.callables import parameter_schema
@@ -25,7 +25,8 @@ from tests.conftest import free_port
 from tests.e2e.archives import fill, picture
 from tests.e2e.command import FAKE, fixative, job_file
 
-PREFECT_YAML = Path(__file__).parents[2] / "infra" / "prefect.yaml"
+INFRA = Path(__file__).parents[2] / "infra"
+PREFECT_YAML, HEARTBEAT_YAML = INFRA / "prefect.yaml", INFRA / "heartbeat.yaml"
 
 
 @pytest.fixture
@@ -188,6 +189,12 @@ def test_the_automation_is_created_once_and_kept_up_to_date() -> None:
     assert told(60) == "brought up to date, but disabled in Prefect"
     assert (len(client.stored), client.stored[0].enabled) == (1, False)
     assert client.stored[0].trigger.within == timedelta(seconds=180)
+
+
+def test_the_automation_for_work_pools_is_as_serve_makes_it() -> None:
+    client: Any = Automations()
+    client.create_automation(AutomationCore.model_validate(yaml.safe_load(HEARTBEAT_YAML.read_text())))
+    assert ensure(client, heartbeat_automation()) == "there already"
 
 
 def test_progress_goes_to_the_log_where_nobody_watches() -> None:

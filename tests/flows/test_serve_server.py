@@ -3,8 +3,8 @@
 Slow: a server, a runner and a Ray cluster for every run. Contract: 1. serving again changes nothing; 2. a second run
 protects only what was added or replaced; 3. runs do not overlap; 4. a run whose processes are killed is shown as
 crashed, one whose process is told to stop as cancelled, and the next one goes on; 5. the form shows every setting with
-its description, the run's page its artifacts; 6. `prefect deploy` makes the same of ``infra/prefect.yaml``, and a
-worker runs it.
+its description, the run's page its artifacts; 6. `prefect deploy` makes the same of ``infra/prefect.yaml``, `prefect
+automation create` of ``infra/heartbeat.yaml``, and a worker runs it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.exceptions import ObjectNotFound
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from flows.serve import HEARTBEATS, limit
+from flows.serve import HEARTBEATS, ensure, heartbeat_automation, limit
 from pipeline.storage import StorageOptions, open_store
 from tests.conftest import free_port
 from tests.e2e.archives import fill, parquet_file, picture
@@ -39,7 +39,7 @@ from tests.e2e.test_report_in_browser import CHROMIUM, DESKTOP, Page, page  # no
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
-PREFECT_YAML = Path(__file__).parents[2] / "infra" / "prefect.yaml"
+INFRA = Path(__file__).parents[2] / "infra"
 WAIT_S = 900.0
 
 
@@ -230,7 +230,7 @@ def _shown(page: Page, wanted: tuple[str, ...]) -> str | None:  # noqa: F811
 
 
 def test_prefect_deploy(served: Served, tmp_path: Path) -> None:
-    document = yaml.safe_load(PREFECT_YAML.read_text())
+    document = yaml.safe_load((INFRA / "prefect.yaml").read_text())
     for entry in document["deployments"]:
         job = {"method": {"name": FAKE}}
         entry["parameters"]["config"] |= {
@@ -243,6 +243,11 @@ def test_prefect_deploy(served: Served, tmp_path: Path) -> None:
         environment = {**os.environ, **served.environment}
         result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
         assert result.returncode == 0, result.stdout + result.stderr
+
+    for automation in served.client.read_automations_by_name(HEARTBEATS):
+        served.client.delete_automation(automation.id)
+    prefect("automation", "create", "--from-file", str(INFRA / "heartbeat.yaml"))
+    assert ensure(served.client, heartbeat_automation()) == "there already"
 
     prefect("work-pool", "create", "fixative", "--type", "process")
     prefect("deploy", "--prefect-file", "prefect.yaml", "--name", "stock-process")
