@@ -16,7 +16,7 @@ from flows.progress import logged, observer
 from pipeline.config import JobConfig
 from pipeline.croissant import write_card
 from pipeline.errors import PipelineError, StorageError
-from pipeline.inspection import quarantined_rows
+from pipeline.inspection import quarantined_now
 from pipeline.job import Job
 from pipeline.lineage import Written, lineage
 from pipeline.manifest import Manifest, read_commits, read_manifests, read_success, says
@@ -167,11 +167,7 @@ def publish_results(outcome: Outcome) -> None:
 def _quarantined(plan: Plan, destination: Store, manifest: Manifest) -> int:
     """Quarantined assets of a shard, but for those that were mended in the source or taken away since."""
     outdated = {key for keys in plan.outdated.values() for key in keys.get(manifest.shard_id, ())}
-    if not outdated or not manifest.rows_quarantined:
-        return manifest.rows_quarantined
-    if manifest.source["kind"] != "files":
-        return 0  # its one source object is outdated
-    return sum(row["asset_id"] not in outdated for row in quarantined_rows(destination, manifest))
+    return len(quarantined_now(destination, manifest, outdated)) if outdated else manifest.rows_quarantined
 
 
 @flow(name=FLOW, on_crashed=[tell_interruption], on_cancellation=[tell_interruption])

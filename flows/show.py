@@ -127,16 +127,21 @@ def status(console: Console, found: Status) -> None:
     method = fields["method"]
     console.print(f"method {method['name']} {method['version']} {method['config']}, model {fields['model'][:12]}")
     table = Table()
-    for name in ("shard", "assets", "state", "protected", "quarantined", "units"):
+    for name in ("shard", "assets", "state", "protected", "quarantined", "newer", "gone", "units"):
         table.add_column(name)
     for entry in found.shards:
         manifest, shard = entry.manifest, entry.shard
+        about = (shard.shard_id, str(shard.rows), entry.state)
         if manifest is None:
-            table.add_row(shard.shard_id, str(shard.rows), "open", "", "", f"{entry.parts}/{shard.units}")
+            table.add_row(*about, "", "", "", "", f"{entry.parts}/{shard.units}")
         else:
-            counts = (str(manifest.rows_ok), str(manifest.rows_quarantined))
-            table.add_row(shard.shard_id, str(shard.rows), "committed", *counts, f"{shard.units}/{shard.units}")
+            counts = (manifest.rows_ok, manifest.rows_quarantined, entry.newer, entry.gone)
+            table.add_row(*about, *map(str, counts), f"{shard.units}/{shard.units}")
     console.print(table)
+    if newer := sum(entry.newer for entry in found.shards):
+        console.print(f"newer: {newer} source objects have newer versions in other shards; `fixative export` takes those")
+    if gone := sum(entry.gone for entry in found.shards):
+        console.print(f"gone: {gone} source objects are in the source no longer; what was made of them stays published")
     if found.reasons:
         console.print("quarantined: " + ", ".join(f"{count} {name}" for name, count in found.reasons.most_common()))
     for row in found.examples:

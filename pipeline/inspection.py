@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +38,21 @@ class ShardStatus:
     manifest: Manifest | None
     # Units whose part is stored, where the shard is not committed yet.
     parts: int
+    # Source objects with a newer version in another shard, and those that the source lost, as last published.
+    newer: int = 0
+    gone: int = 0
+
+    @property
+    def state(self) -> str:
+        """open: not committed. current: at least one of its source objects is as it was. Else replaced by newer versions
+        in other shards, or gone: what of it was not replaced has left the source, and stays published.
+        """
+        if self.manifest is None:
+            return "open"
+        objects = self.shard.rows if self.shard.kind == "files" else 1
+        if self.newer + self.gone < objects:
+            return "current"
+        return "gone" if self.gone else "replaced"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +63,7 @@ class Status:
     binding: dict[str, Any]
     finished: bool
     shards: list[ShardStatus]
-    # How often each error type occurs among the quarantined, and some of them.
+    # How often each error type occurs among the quarantined whose source is as it was, and some of them.
     reasons: Counter[str]
     examples: list[dict[str, Any]]
 
@@ -63,6 +79,8 @@ def read_status(destination: Store) -> Status:
     except NotFound as error:
         raise UserError(f"{destination.url} is no destination of Fixative: it holds no {BINDING_KEY}") from error
     committed, abandoned = read_commits(destination)
+    published = read_success(destination)
+    superseded, lost = ((published or {}).get(name, {}) for name in ("superseded", "gone"))
     shards: list[ShardStatus] = []
     reasons: Counter[str] = Counter()
     examples: list[dict[str, Any]] = []
@@ -72,12 +90,15 @@ def read_status(destination: Store) -> Status:
                 continue  # a later plan holds its assets
             manifest = read_manifest(destination, shard.shard_id) if shard.shard_id in committed else None
             parts = 0 if manifest else sum(1 for _ in destination.list(f"parts/{shard.shard_id}/"))
-            shards.append(ShardStatus(shard=shard, manifest=manifest, parts=parts))
-            if manifest is not None and manifest.quarantine is not None:
-                rows = quarantined_rows(destination, manifest)
+            newer, gone = (keys.get(shard.shard_id, []) for keys in (superseded, lost))
+            shards.append(
+                ShardStatus(shard=shard, manifest=manifest, parts=parts, newer=len(newer), gone=len(gone))
+            )
+            if manifest is not None:
+                rows = quarantined_now(destination, manifest, {*newer, *gone})
                 reasons.update(row["error_type"] for row in rows)
                 examples += rows[: max(0, EXAMPLES - len(examples))]
-    finished = all(entry.manifest is not None for entry in shards) and read_success(destination) is not None
+    finished = all(entry.manifest is not None for entry in shards) and published is not None
     return Status(
         url=destination.url, binding=binding, finished=finished, shards=shards, reasons=reasons, examples=examples
     )
@@ -90,6 +111,13 @@ def quarantined_rows(destination: Store, manifest: Manifest) -> list[dict[str, A
     with destination.open(manifest.quarantine["key"]) as stream:
         rows: list[dict[str, Any]] = pq.read_table(stream).to_pylist()
     return rows
+
+
+def quarantined_now(destination: Store, manifest: Manifest, outdated: Collection[str]) -> list[dict[str, Any]]:
+    """The quarantined assets of a shard, but for those whose source object is outdated: mended since, or taken away."""
+    if outdated and manifest.source["kind"] != "files":
+        return []  # its one source object is
+    return [row for row in quarantined_rows(destination, manifest) if row["asset_id"] not in outdated]
 
 
 def inspect_asset(destination: Store, asset_id: str, authorities: str = "") -> list[dict[str, Any]]:

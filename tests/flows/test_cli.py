@@ -392,7 +392,7 @@ def test_status_and_inspect_of_a_finished_destination(done: tuple[Path, Path]) -
     _, destination = done
     status = fixative("status", destination)
     assert (status.code, status.err) == (0, ""), status
-    for words in (f"{destination}: finished", "committed", "1 DecodeError", "1.png: decode:"):
+    for words in (f"{destination}: finished", "current", "1 DecodeError", "1.png: decode:"):
         assert words in status.out
     result = fixative("inspect", destination)
     assert (result.code, result.err) == (0, ""), result
@@ -413,7 +413,7 @@ def test_status_and_inspect_of_others(done: tuple[Path, Path], tmp_path: Path) -
     next((unfinished / "manifests").iterdir()).unlink()
     status = fixative("status", unfinished)
     assert status.code == 0, status
-    for words in ("not finished", "open", "committed"):
+    for words in ("not finished", "open", "current"):
         assert words in status.out
     result = fixative("inspect", unfinished)
     assert (result.code, "no run has finished here yet" in result.error) == (2, True)

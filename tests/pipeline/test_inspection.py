@@ -65,6 +65,23 @@ def test_status_of_a_finished_destination(finished: Outcome) -> None:
     assert status.binding["config_fingerprint"] == finished.job.config_fp
 
 
+def test_status_tells_current_replaced_and_gone(finished: Outcome, tmp_path: Path) -> None:
+    """Shards: 0 to 3; 4 and two broken files, which are mended and taken away; then what is new, which changes again."""
+    source = tmp_path / "in"
+    for name in ("2.png", "3.png", "empty.png"):
+        (source / name).unlink()
+    write_folder(source, {"0.png": photo(10), "4.png": photo(14), "bad.png": photo(11)})
+    status = read_status(run_job(finished.job.config).job.destination())
+    states = [(entry.state, entry.newer, entry.gone) for entry in status.shards]
+    assert states == [("current", 1, 2), ("gone", 2, 1), ("current", 0, 0)]
+    assert (status.finished, status.reasons, status.examples) == (True, {}, [])
+    write_folder(source, {"0.png": photo(20), "4.png": photo(24), "bad.png": photo(21)})
+    prepare(finished.job.config)
+    assert [entry.state for entry in read_status(finished.job.destination()).shards][2:] == ["current", "open"]
+    run_job(finished.job.config)
+    assert [entry.state for entry in read_status(finished.job.destination()).shards][2:] == ["replaced", "current"]
+
+
 def test_status_shows_some_examples_only(tmp_path: Path) -> None:
     source = write_folder(tmp_path / "in", {f"{n:02d}.png": b"no" for n in range(9)})
     outcome = run_job(job_config(source, tmp_path / "out", archive={"files_per_shard": 4}))
