@@ -209,7 +209,7 @@ def _run_waves(job: Job, plan: Plan, shards: Sequence[Shard], tally: Tally) -> N
         dashboard_url,
     )
 
-    with cluster(job.config.run) as pool:
+    with cluster(job.config.run, FLOW) as pool:
         observer().note(f"{pool.actors} {pool.device} actors; Ray dashboard: {dashboard_url() or 'off'}")
         for tasks, complete in cut_waves(job, shards, tally):
             observer().step("protect", plan.rows, tally.resumed + tally.protected + tally.quarantined)

@@ -56,7 +56,7 @@ def attack_archive(verified: Verified, pictures: Path | None) -> None:
     observer().step("attack", counts["planned"]["trials"], counts["done"]["trials"])
     if counts["done"] == counts["planned"]:
         return
-    with cluster(campaign.config.run) as pool:
+    with cluster(campaign.config.run, "verify-archive") as pool:
         observer().note(f"{pool.actors} {pool.device} actors; Ray dashboard: {dashboard_url() or 'off'}")
         for result in run_campaign(campaign, pool, verified.targets):
             if isinstance(result, Failed):

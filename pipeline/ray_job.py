@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy, Dataset
+from ray.job_config import JobConfig
 
 from pipeline import metrics
 from pipeline.assets import Unit
@@ -84,15 +85,19 @@ class Parcel:
 
 
 @contextmanager
-def cluster(run: RunSettings) -> Iterator[Pool]:
+def cluster(run: RunSettings, name: str = "fixative") -> Iterator[Pool]:
     """Connects to the configured Ray cluster, or starts one on this machine for the run, and sizes the pool.
+
+    Args:
+        run: How to run.
+        name: Of the job on Ray's pages.
 
     Raises:
         UserError: The cluster cannot be reached, or is too small for the actors that were asked for.
     """
     joined = ray.is_initialized()
     if not joined:
-        _start(run.ray_address, run.actors)
+        _start(run.ray_address, run.actors, name)
     try:
         with exported_from_driver():
             yield _pool(run)
@@ -101,11 +106,12 @@ def cluster(run: RunSettings) -> Iterator[Pool]:
             ray.shutdown()
 
 
-def _start(address: str | None, actors: int | None) -> None:
+def _start(address: str | None, actors: int | None, name: str) -> None:
     # ray.init takes SIGTERM over; Prefect needs it to cancel a run cleanly.
     handler = signal.getsignal(signal.SIGTERM)
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # it tells of every operator; the command shows progress
     options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    options["job_config"] = JobConfig(metadata={"job_name": name})
     if address is None:
         cores = os.cpu_count() or 1
         address = "local"  # not a cluster that RAY_ADDRESS happens to name

@@ -61,7 +61,7 @@ def train_on_ray(jobs: Mapping[str, ModelJob], address: str, progress: Progress)
     Raises:
         UserError: no cluster can be reached, or it has no GPU for those that ask for one.
     """
-    with cluster(RunSettings(ray_address=None if address == "local" else address)) as pool:
+    with cluster(RunSettings(ray_address=None if address == "local" else address), "protect-model") as pool:
         if pool.device != "cuda" and any(_gpus(job) for job in jobs.values()):
             raise UserError("--device cuda: the Ray cluster has no GPU; use --device cpu")
         board = ray.remote(num_cpus=0, max_restarts=-1)(Board).remote()
