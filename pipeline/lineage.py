@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -159,7 +160,9 @@ def _transport(target: str) -> Any:
 
     parts = urlsplit(target)
     if parts.scheme == "file":
-        return FileTransport(FileConfig(log_file_path=local_path(target), append=True))
+        file = Path(local_path(target))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        return FileTransport(FileConfig(log_file_path=str(file), append=True))
     key = os.environ.get("OPENLINEAGE_API_KEY")
     endpoint = parts.path.lstrip("/") or os.environ.get("OPENLINEAGE_ENDPOINT", "api/v1/lineage")
     settings: dict[str, Any] = {
