@@ -139,9 +139,9 @@ def status(console: Console, found: Status) -> None:
             table.add_row(*about, *map(str, counts), f"{shard.units}/{shard.units}")
     console.print(table)
     if newer := sum(entry.newer for entry in found.shards):
-        console.print(f"newer: {newer} source objects have newer versions in other shards; `fixative export` takes those")
+        console.print(f"newer: source objects with a newer version in another shard, which `export` takes: {newer}")
     if gone := sum(entry.gone for entry in found.shards):
-        console.print(f"gone: {gone} source objects are in the source no longer; what was made of them stays published")
+        console.print(f"gone: source objects that left the source; what was made of them stays published: {gone}")
     if found.reasons:
         console.print("quarantined: " + ", ".join(f"{count} {name}" for name, count in found.reasons.most_common()))
     for row in found.examples:

@@ -44,8 +44,8 @@ class ShardStatus:
 
     @property
     def state(self) -> str:
-        """open: not committed. current: at least one of its source objects is as it was. Else replaced by newer versions
-        in other shards, or gone: what of it was not replaced has left the source, and stays published.
+        """open: not committed. current: at least one of its source objects is as it was. replaced: by newer versions in
+        other shards. gone: what of it was not replaced has left the source, and stays published.
         """
         if self.manifest is None:
             return "open"
@@ -91,9 +91,7 @@ def read_status(destination: Store) -> Status:
             manifest = read_manifest(destination, shard.shard_id) if shard.shard_id in committed else None
             parts = 0 if manifest else sum(1 for _ in destination.list(f"parts/{shard.shard_id}/"))
             newer, gone = (keys.get(shard.shard_id, []) for keys in (superseded, lost))
-            shards.append(
-                ShardStatus(shard=shard, manifest=manifest, parts=parts, newer=len(newer), gone=len(gone))
-            )
+            shards.append(ShardStatus(shard=shard, manifest=manifest, parts=parts, newer=len(newer), gone=len(gone)))
             if manifest is not None:
                 rows = quarantined_now(destination, manifest, {*newer, *gone})
                 reasons.update(row["error_type"] for row in rows)
