@@ -98,14 +98,14 @@ class LocalStore:
                 os.replace(temporary, target)
             else:
                 _link(temporary, target)
-            _sync_folder(target.parent)
+            sync(target.parent)
             return info
 
     def _rename(self, key: str, target: Path, data: bytes, *, newer_than_ns: int) -> ObjectInfo:
         with _temporary(target, lambda file: _write(file, data), newer_than_ns) as temporary:
             info = _described(key, temporary.stat())
             os.replace(temporary, target)
-            _sync_folder(target.parent)
+            sync(target.parent)
             return info
 
     def _walk(self, folder: str, prefix: str, above: frozenset[tuple[int, int]]) -> Iterator[ObjectInfo]:
@@ -200,8 +200,9 @@ def _link(path: Path, target: Path) -> None:
         raise
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

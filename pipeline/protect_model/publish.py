@@ -18,9 +18,9 @@ from pipeline.errors import AlreadyExists, IntegrityError, PipelineError, UserEr
 from pipeline.protect_model.fetch import Fetched
 from pipeline.protect_model.folder import write_folder
 from pipeline.protect_model.plan import PROVENANCE, ModelPlan
-from pipeline.protect_model.work import Work, keys_of
+from pipeline.protect_model.work import PUBLISHING, Work, keys_of
 from pipeline.storage import Store, in_parallel, stored_sha256
-from pipeline.storage_local import LocalStore
+from pipeline.storage_local import LocalStore, sync
 from protectors.diffusion import DiffusionModel
 from protectors.model_base import ProtectedModel
 from protectors.model_files import MODEL_INDEX
@@ -41,12 +41,15 @@ def publish(plan: ModelPlan, protected: ProtectedModel, model: DiffusionModel, w
         if isinstance(store, LocalStore):
             with _beside(store.root) as part:
                 write_folder(part, plan, protected, model)
+                for path in (*part.rglob("*"), part):
+                    sync(path)  # the checkpoints go next
                 part.replace(store.root)
+                sync(store.root.parent)
         else:
             whole = Fetched()
             try:
                 write_folder(whole.folder, plan, protected, model)
-                _upload(store, whole.folder, work)
+                upload(store, whole.folder, work)
             finally:
                 whole.drop()
     except (OSError, SafetensorError) as error:
@@ -89,11 +92,21 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _upload(store: Store, folder: Path, work: Work) -> None:
+def upload(store: Store, folder: Path, work: Work) -> None:
+    """Creates the objects of a model, one run at a time: its mark in the store decides, see ``Work.announce``.
+
+    Raises:
+        UserError: another run is at it or was here, or something else is there.
+        IntegrityError: an object of ours was changed.
+    """
     names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
     work.announce()
-    if others := sorted(keys_of(store) - set(names)):
-        raise UserError(f"--out {work.job.out_name} holds {others[0]}, which is no part of this model: choose another")
+    keys, out = keys_of(store), work.job.out_name
+    if PROVENANCE in keys:
+        work.withdraw()
+        raise UserError(f"{out} has become another run's model meanwhile: choose another --out; the checkpoints stay")
+    if others := sorted(keys - {*names, PUBLISHING}):
+        raise UserError(f"--out {out} holds {others[0]}, which is no part of this model: choose another")
 
     def put(name: str) -> None:
         try:
@@ -102,7 +115,6 @@ def _upload(store: Store, folder: Path, work: Work) -> None:
             with (folder / name).open("rb") as file:
                 ours = hashlib.file_digest(file, "sha256").hexdigest()
             if stored_sha256(store, name) != ours:
-                out = work.job.out_name
                 raise IntegrityError(
                     f"{out} holds another {name} than this run made: remove {out} and run again; the checkpoints stay"
                 ) from error

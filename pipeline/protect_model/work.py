@@ -51,16 +51,45 @@ class Work:
         """Called after each update: sees to it that the last checkpoint outlives this machine as far as it can."""
 
     def announce(self) -> None:
-        """Marks that whatever lies in OUT from now on is this run's."""
+        """Marks that whatever lies in OUT from now on is this run's, here and there.
+
+        The mark in OUT decides between runs that have found it empty. It is written in one request: completing an
+        upload of many parts lets a second writer win on some servers, and two runs' files could end up in one model.
+
+        Raises:
+            UserError: another run has marked it.
+        """
         with suppress(AlreadyExists):
-            self.store.put_new(PUBLISHING, json_bytes({"out": self.job.out_name}))
+            self.store.put_new(PUBLISHING, json_bytes({"out": self.job.out_name, "run": uuid.uuid4().hex}))
+        mark = get_json(self.store, PUBLISHING)
+        with suppress(AlreadyExists):
+            self.job.out_store().put_new(PUBLISHING, json_bytes({"run": mark["run"]}))
+        if not self._has_marked(mark):
+            self.withdraw()
+            out = self.job.out_name
+            raise UserError(
+                f"{out} is being filled by another run, or was left by one: wait for it, or choose another --out; "
+                "the checkpoints stay"
+            )
+
+    def withdraw(self) -> None:
+        """Takes the marks back."""
+        with suppress(NotFound):  # there is none
+            if self._has_marked(get_json(self.store, PUBLISHING)):
+                self.job.out_store().delete(PUBLISHING)
+        self.store.delete(PUBLISHING)
 
     def clean(self) -> None:
         """Removes what runs left; other files stay."""
+        self.withdraw()
         for item in list(self.store.list(f"{_CHECKPOINT}/")):
             self.store.delete(item.key)
-        for key in (POINTER, PUBLISHING, RUN):
+        for key in (POINTER, RUN):
             self.store.delete(key)
+
+    def _has_marked(self, mark: Mapping[str, Any]) -> bool:
+        """Whether OUT's mark is this run's. Raises NotFound where there is none."""
+        return bool(get_json(self.job.out_store(), PUBLISHING).get("run") == mark["run"])
 
 
 class MirroredWork(Work):
@@ -85,7 +114,13 @@ class MirroredWork(Work):
         except NotFound:
             return
         state = pointer["state"]
-        target = self.checkpoint / json.loads(state)["tensors"]
+        name = json.loads(state)["tensors"]
+        if Path(name).name != name:
+            raise IntegrityError(
+                f"{join_url(self._where, POINTER)} names {name!r}, which is no file of a checkpoint: "
+                f"remove {self._where} and begin again"
+            )
+        target = self.checkpoint / name
         download(self.store, self.store.info(pointer["key"]), target)
         if _sha256(target) != pointer["sha256"]:
             damaged = join_url(self._where, pointer["key"])

@@ -26,9 +26,9 @@ class Cursor:
 
 
 def save_checkpoint(folder: Path, cursor: Cursor, tensors: dict[str, Tensor], binding: Binding) -> None:
-    """Writes a checkpoint; a kill at any moment leaves the previous or the new one, never a mixture.
+    """Writes a checkpoint; a kill or a power cut at any moment leaves the previous or the new one, never a mixture.
 
-    The JSON is the commit point: it names the tensor file, which is complete before the JSON is replaced.
+    The JSON is the commit point: it names the tensor file, which is complete on the disk before the JSON is replaced.
 
     Args:
         binding: what the training depends on besides its position; another binding is refused when it goes on.
@@ -36,13 +36,29 @@ def save_checkpoint(folder: Path, cursor: Cursor, tensors: dict[str, Tensor], bi
     folder.mkdir(parents=True, exist_ok=True)
     name = f"state-{cursor.step:08d}.safetensors"
     save_file({key: value.contiguous() for key, value in tensors.items()}, folder / f"{name}.part")
-    os.replace(folder / f"{name}.part", folder / name)
-    part = folder / "state.json.part"
-    part.write_text(json.dumps({**asdict(cursor), "tensors": name, "binding": dict(binding)}, indent=1) + "\n")
-    os.replace(part, folder / "state.json")
+    _finish(folder, name)
+    facts = {**asdict(cursor), "tensors": name, "binding": dict(binding)}
+    (folder / "state.json.part").write_text(json.dumps(facts, indent=1) + "\n")
+    _finish(folder, "state.json")
     for old in folder.glob("state-*.safetensors"):
         if old.name != name:
             old.unlink()
+
+
+def _finish(folder: Path, name: str) -> None:
+    """Gives a written file its name; both are on the disk when this returns."""
+    part = folder / f"{name}.part"
+    _sync(part)
+    os.replace(part, folder / name)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def load_checkpoint(folder: Path, seed: int, binding: Binding) -> tuple[Cursor, dict[str, Tensor]] | None:

@@ -3,7 +3,8 @@
 1. Model, photos, output and checkpoints may lie in S3: the objects are those of a local run, byte for byte; nothing
    of the run is left; index and provenance are written last.
 2. A run that was stopped goes on elsewhere from the checkpoint in the bucket, and ends with the same bytes.
-3. A half-published model is completed; what is there is not replaced; what is another's is refused.
+3. A half-published model is completed; what is there is not replaced; what is another's is refused; files of two runs
+   never meet in one model, on a server whose uploads of many parts overwrite either.
 4. A finished one is not written to again. A damaged checkpoint, and another run's hand on it, are found out.
 5. Any other fsspec URL serves a single writer.
 """
@@ -24,10 +25,13 @@ from pipeline.errors import IntegrityError, PipelineError, UserError
 from pipeline.protect_model.concepts import read_concept
 from pipeline.protect_model.job import ConceptSource, ModelJob
 from pipeline.protect_model.plan import plan_model
+from pipeline.protect_model.publish import upload
 from pipeline.protect_model.run import protect_model
-from pipeline.storage import Store, open_store
+from pipeline.protect_model.work import Work
+from pipeline.storage import ObjectInfo, Store, open_store
 from tests.conftest import S3Proxy, S3Server, Verdict, make_bucket
 from tests.e2e.archives import fill
+from tests.pipeline.archives import write_folder
 from tests.pipeline.model_jobs import LEFT_OUT, SIDE, contents, job, traces, world
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -101,8 +105,8 @@ def test_from_bucket_to_bucket(folder: Path, far: Callable[..., ModelJob], s3_pr
     assert stored(asked.out_store()) == contents(folder / "protected")
     assert stored(asked.work_store()) == {}
     made = [name for name in written(s3_proxy) if name.startswith("rex/") and ".selftest" not in name]
-    assert made[-2:] == ["rex/model_index.json", "rex/provenance.json"]
-    assert len(made) == len(contents(folder / "protected"))
+    assert (made[0], made[-2:]) == ("rex/publishing.json", ["rex/model_index.json", "rex/provenance.json"])
+    assert len(made) == 1 + len(contents(folder / "protected"))
     files = json.loads(asked.out_store().get("provenance.json"))["files"]
     assert files.keys() == contents(folder / "protected").keys() - {"provenance.json"}
 
@@ -133,6 +137,14 @@ def test_a_stopped_run_goes_on_elsewhere(folder: Path, far: Callable[..., ModelJ
     with pytest.raises(IntegrityError, match=r"is not what was stored: remove .* and begin again"):
         protect_model(plan_model(asked))
     asked.work_store().replace(state, left[state], etag=asked.work_store().info(state).etag)
+    pointer = json.loads(left["checkpoint.json"])
+    elsewhere = {**pointer, "state": pointer["state"].replace('"tensors": "', '"tensors": "../')}
+    for document in (elsewhere, pointer):
+        etag = asked.work_store().info("checkpoint.json").etag
+        asked.work_store().replace("checkpoint.json", json.dumps(document).encode(), etag=etag)
+        if document is elsewhere:
+            with pytest.raises(IntegrityError, match=r"names '\.\./state-.*', which is no file of a checkpoint"):
+                protect_model(plan_model(asked))
     protect_model(plan_model(asked), stop_after(99, seen))
     assert seen == [1, 2, 3, 3, 4]
     assert stored(asked.out_store()) == contents(folder / "protected")
@@ -167,7 +179,7 @@ def test_a_half_published_model_is_completed(folder: Path, far: Callable[..., Mo
         protect_model(plan_model(asked))
     s3_proxy.rule = lambda method, path, headers: Verdict()
     half = asked.out_store()
-    before = {item.key: item.etag for item in half.list()}
+    before = {item.key: item.etag for item in half.list() if item.key != "publishing.json"}
     assert before.keys() == contents(folder / "protected").keys() - {"model_index.json", "provenance.json"}
     with pytest.raises(UserError, match=r"--out .*rex is neither empty nor a folder of this command"):
         plan_model(far(work=f"{asked.out}.elsewhere"))
@@ -188,6 +200,40 @@ def test_a_half_published_model_is_completed(folder: Path, far: Callable[..., Mo
     assert stored(half) == contents(folder / "protected")
     assert before.items() <= {item.key: item.etag for item in half.list()}.items()
     assert stored(asked.work_store()) == {}
+
+
+def test_files_of_two_runs_never_meet_in_one_model(far: Callable[..., ModelJob], tmp_path: Path) -> None:
+    """Also where an upload of many parts overwrites what another one has put there, as it may on SeaweedFS 4.48."""
+    first, second = (Work(far(work=f"{far().out}.{run}"), tmp_path / "none") for run in ("first", "second"))
+    folders = {run: write_folder(tmp_path / run, model_files(run)) for run in ("first", "second")}
+    out, met = first.job.out_store(), list[str]()
+
+    class Careless:
+        """The store of the first run; the second comes between."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(out, name)
+
+        def put_new_file(self, key: str, path: Path) -> ObjectInfo:
+            if not met:
+                met.append(key)
+                with pytest.raises(UserError, match=r"rex is being filled by another run"):
+                    upload(Careless(), folders["second"], second)
+            out.delete(key)
+            return out.put_new(key, path.read_bytes())
+
+    upload(Careless(), folders["first"], first)
+    assert met
+    assert stored(out) == {**model_files("first"), "publishing.json": out.get("publishing.json")}
+    first.clean()
+    with pytest.raises(UserError, match=r"rex has become another run's model meanwhile: choose another --out"):
+        upload(out, folders["second"], second)
+    assert stored(out) == model_files("first")
+    assert stored(first.store) == stored(second.store) == {}
+
+
+def model_files(run: str) -> dict[str, bytes]:
+    return {name: run.encode() for name in ("model_index.json", "provenance.json", "unet.safetensors")}
 
 
 def test_concepts_and_positives_in_a_bucket(folder: Path, source: str, far: Callable[..., ModelJob]) -> None:
