@@ -9,6 +9,7 @@ import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -141,7 +142,8 @@ def ray_logs() -> list[Path]:
 @pytest.mark.timeout(600)
 def test_prometheus_finds_a_command_in_rays_discovery_file(prefect_home: Path, tmp_path: Path) -> None:
     """In the file that `infra/monitoring/prometheus.yml` reads, and there what the command has done so far."""
-    source = write_folder(tmp_path / "in", {f"{n}.png": photo(n) for n in range(12)})
+    # They take two minutes, so that a busy machine gets to a scrape; the command is killed then.
+    source = write_folder(tmp_path / "in", {f"{n}.png": photo(n) for n in range(40)})
     config = job_file(tmp_path / "job.yaml", method={"name": FAKE, "overrides": {"sleep_s": 3}})
     with tempfile.TemporaryDirectory(prefix="r", dir="/tmp") as ray_folder:  # sockets want short paths
         discovery = Path(ray_folder) / "ray" / "prom_metrics_service_discovery.json"
@@ -153,10 +155,12 @@ def test_prometheus_finds_a_command_in_rays_discovery_file(prefect_home: Path, t
 
             def scraped() -> float:
                 (found,) = json.loads(discovery.read_text())
-                scrapes = [totals(address) for address in found["targets"]]
+                try:
+                    scrapes = [totals(address) for address in found["targets"]]
+                except URLError:
+                    return 0  # the node is named before its agent listens; Prometheus tries again too
                 return sum(of(scrape, metrics.IMAGES_PROTECTED, method=FAKE) or 0 for scrape in scrapes)
 
             done = until(lambda: command.process.poll() is not None or scraped(), "protected images", 200)
             assert command.process.poll() is None, command.wait(10)
-            assert 2 <= done <= 12
-            assert command.wait(150).code == 0
+            assert 2 <= done <= 40
