@@ -9,8 +9,8 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -95,8 +95,9 @@ class Command:
         return Result(self.process.returncode, out, err)
 
 
-@contextmanager
-def running(*arguments: object, home: Path, environment: Mapping[str, str] | None = None) -> Iterator[Command]:
+def running(
+    *arguments: object, home: Path, environment: Mapping[str, str] | None = None
+) -> AbstractContextManager[Command]:
     """Starts the command; on leaving, whatever is left of it is killed.
 
     Args:
@@ -104,10 +105,19 @@ def running(*arguments: object, home: Path, environment: Mapping[str, str] | Non
         home: Folder of Prefect's database.
         environment: Further variables.
     """
-    mark = uuid.uuid4().hex
-    variables = {**os.environ, "PREFECT_HOME": str(home), "COLUMNS": "200", **(environment or {}), _MARK: mark}
-    process = subprocess.Popen(
+    return running_program(
         [str(Path(sys.executable).with_name("fixative")), *map(str, arguments)],
+        {"PREFECT_HOME": str(home), "COLUMNS": "200", **(environment or {})},
+    )
+
+
+@contextmanager
+def running_program(program: Sequence[str], environment: Mapping[str, str]) -> Iterator[Command]:
+    """Starts any program with further variables; on leaving, whatever is left of it and its children is killed."""
+    mark = uuid.uuid4().hex
+    variables = {**os.environ, **environment, _MARK: mark}
+    process = subprocess.Popen(
+        program,
         env=variables,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -121,13 +131,13 @@ def running(*arguments: object, home: Path, environment: Mapping[str, str] | Non
         command.kill()
 
 
-def until(condition: Callable[[], Any], what: str, timeout_s: float = 90.0) -> Any:
+def until(condition: Callable[[], Any], what: str, timeout_s: float = 90.0, *, every_s: float = 0.05) -> Any:
     """Polls until the condition is true and returns its value."""
     deadline = time.monotonic() + timeout_s
     while not (value := condition()):
         if time.monotonic() > deadline:
             raise TimeoutError(f"waited {timeout_s:g} s for {what}")
-        time.sleep(0.05)
+        time.sleep(every_s)
     return value
 
 
