@@ -5,7 +5,7 @@ umask 077
 random() { od -An -N24 -tx1 /dev/urandom | tr -d ' \n'; }
 cat <<END
 RAY_AUTH_TOKEN=$(random)
-PREFECT_AUTH=fixative:$(random)
+PREFECT_PASSWORD=$(random)
 POSTGRES_PASSWORD=$(random)
 S3_ACCESS_KEY=fixative
 S3_SECRET_KEY=$(random)

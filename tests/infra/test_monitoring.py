@@ -149,6 +149,26 @@ def test_prometheus_reads_rays_discovery_file() -> None:
     assert [(FOLDER / name).is_file() for name in config["rule_files"]] == [True]
 
 
+def test_prefects_password_is_in_a_file() -> None:
+    """Of the names under which compose puts it and the address beside prometheus.yml."""
+    config = yaml.safe_load((FOLDER / "prometheus.yml").read_text())
+    (job,) = (job for job in config["scrape_configs"] if job["job_name"] == "prefect")
+    assert job["basic_auth"] == {"username": "fixative", "password_file": "prefect-password"}
+    (discovery,) = job["file_sd_configs"]
+    compose = yaml.safe_load((FOLDER.parent / "compose.yaml").read_text())
+    service, folder = compose["services"]["prometheus"], "/etc/fixative"
+    assert f"--config.file={folder}/prometheus.yml" in service["command"]
+    (targets,), (password,) = service["configs"], service["secrets"]
+    assert [f"{folder}/{name}" for name in discovery["files"]] == [targets["target"]]
+    assert f"{folder}/{job['basic_auth']['password_file']}" == password["target"]
+    assert json.loads(compose["configs"][targets["source"]]["content"]) == [{"targets": ["prefect-server:4200"]}]
+    assert compose["secrets"][password["source"]] == {"environment": "PREFECT_PASSWORD"}
+    server = compose["services"]["prefect-server"]["environment"]
+    assert server["PREFECT_SERVER_METRICS_ENABLED"] == "true"
+    assert server["PREFECT_SERVER_API_AUTH_STRING"].startswith("fixative:${PREFECT_PASSWORD:?")
+    assert all(f"{folder}/{name}" in " ".join(service["volumes"]) for name in config["rule_files"])
+
+
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
 @pytest.mark.parametrize("arguments", [("check", "config", "prometheus.yml"), ("test", "rules", "rules_test.yml")])
 def test_promtool_agrees(arguments: tuple[str, ...]) -> None:

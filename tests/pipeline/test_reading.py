@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from tests.pipeline.archives import photo, write_folder
-from tests.pipeline.local_job import Outcome, data_table, run_job
+from tests.pipeline.archives import photo, photos, write_folder, write_parquet
+from tests.pipeline.local_job import Outcome, data_table, job_config, run_job
 from tests.pipeline.published import published
 
 PAGE = Path(__file__).parents[2] / "pipeline" / "READING.md"
@@ -115,5 +115,33 @@ def test_a_snippet(
     names: Names = {}
     for part in (LIST, heading):
         exec(compile(snippets()[part], f"{PAGE.name}: {part}", "exec"), names)
-    assert len(names["files"]) == sum(item.data is not None for item in outcome.manifests)
+    assert len(names["files"]) == sum(item.data is not None for item in outcome.manifests) > 1
     CHECKS[heading](names, capsys.readouterr().out, rows)
+
+
+def test_shards_with_equal_columns_open_by_pattern(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no other file lies beside them, as after one run that nothing disturbed."""
+    import duckdb
+    import pandas as pd
+    import polars as pl
+    import pyarrow.dataset as ds
+    from datasets import load_dataset
+
+    for name, start in (("first", 0), ("second", 3)):
+        write_parquet(
+            tmp_path / "in" / f"{name}.parquet", photos(3, start), {"caption": [f"{name} {n}" for n in "abc"]}
+        )
+    outcome = run_job(job_config(tmp_path / "in", tmp_path / "out"))
+    folder = tmp_path / "out" / "data"
+    pattern = str(folder / "*.parquet")
+    assert len(list(folder.iterdir())) == len(outcome.manifests) == 2
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    found = {
+        "datasets": load_dataset("parquet", data_files=pattern, split="train", cache_dir=str(tmp_path))["caption"],
+        "DuckDB": [caption for (caption,) in duckdb.read_parquet(pattern).select("caption").fetchall()],
+        "pandas": pd.read_parquet(folder, columns=["caption"])["caption"],
+        "Polars": pl.scan_parquet(pattern).select("caption").collect()["caption"],
+        "pyarrow": ds.dataset(folder).to_table(columns=["caption"])["caption"].to_pylist(),
+    }
+    wanted = [f"{name} {n}" for name in ("first", "second") for n in "abc"]
+    assert {reader: sorted(read) for reader, read in found.items()} == dict.fromkeys(found, wanted)
