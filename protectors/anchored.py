@@ -32,15 +32,22 @@ class AnchoredConfig(LearningToProtectConfig):
     attack_length: int = 160
     pairs_from: float = 0.5
     pair_source: Literal["fresh", "class"] = "class"
-    retention_weight: float = 10.0
+    rate_decay: float = 0.3
+    retention_weight: float = 15.0
+    retention_by_error: float = 0.5
     kept_images: int = 160
     # How far beyond the given model's prediction an attacked model is asked to stay from the truth on the subject's
     # images, in units of the given model's own error; 0 asks for that prediction itself.
     repulsion: float = 4.0
+    # Share of the weight of pairs that goes by the given model's own errors, as ``retention_by_error``.
+    pairs_by_error: float = 1.0
 
     def check(self) -> None:
         LearningToProtectConfig.check(self)
         require(self.repulsion >= 0, "repulsion", self.repulsion, "use 0 or more")
+        share = self.pairs_by_error
+        require(0 <= share <= 1, "pairs_by_error", share, "use 0 to 1")
+        require(self.retention_weight > 0, "retention_weight", self.retention_weight, "use more than 0")
         fix = "use 0: anchors preserve the class, and retention_weight all else"
         require(self.preservation_weight == 0, "preservation_weight", self.preservation_weight, fix)
 
@@ -65,12 +72,14 @@ class Anchored(LearningToProtect[AnchoredConfig]):
     attacked model, p = e_phi(z_t, t, c) what the given one predicts and y the truth, under the attacker's prompt c,
     by his own text encoder where he trains it:
 
-        L = mean (e_th(z+_t) - p+)^2 + mean (e_th(z-_t) - p- - gamma (p- - y-))^2,
+        L = mean w(t) (e_th(z+_t) - p+)^2 + mean w(t) (e_th(z-_t) - p- - gamma (p- - y-))^2,
 
     plus ``retention_weight`` times ``retention_loss`` at the protected weights themselves. z+ are images of the class
     that the given model draws, z- those of the subject, both in the noisier half of the schedule, where it is decided
-    what a picture will show: errors are small there, and draws over all of it would hardly weigh them. One attack
-    lasts over many updates, so that gradients are taken far along it.
+    what a picture will show. Errors there are small, and the smaller the nearer to the noise (44 times from end to end
+    of the schedule of nano-sd), so that w(t) makes them relative to the given model's own (``CachedKept.weights``);
+    in retention the same keeps what the model draws, which a plain mean hardly sees. One attack lasts over many
+    updates, so that gradients are taken far along it.
 
     Distance: no image changes; of the model ``ModelFacts.drift`` and ``ModelFacts.largest_change``.
 
@@ -96,7 +105,7 @@ class Anchored(LearningToProtect[AnchoredConfig]):
     """
 
     name = "anchored"
-    version = "1"
+    version = "2"
     config_type = AnchoredConfig
     presets: ClassVar[Mapping[str, AnchoredConfig]] = {
         "paper": AnchoredConfig(attack_length=800),
@@ -127,5 +136,9 @@ class Anchored(LearningToProtect[AnchoredConfig]):
             given = study.reference.predict(noisy, draws.t, sample.given)
             errors = given - self.model.target(sample.latents, draws.noise, draws.t)
         goals = given.chunk(2)[0], (given + self.config.repulsion * errors).chunk(2)[1]
-        anchor, repulsion = (self.model.predict(noisy, draws.t, sample.embeddings) - torch.cat(goals)).square().chunk(2)
+        changes = (self.model.predict(noisy, draws.t, sample.embeddings) - torch.cat(goals)).square().flatten(1).mean(1)
+        assert study.kept is not None  # the configuration has a retention_weight
+        share, start = self.config.pairs_by_error, self.config.pairs_from
+        weights = study.kept.weights(draws.t, self.model.schedule.timesteps, share=share, start=start)
+        anchor, repulsion = (weights * changes).chunk(2)
         return ProtectionLoss(total=anchor.mean() + repulsion.mean(), parts={"anchor": anchor, "repulsion": repulsion})

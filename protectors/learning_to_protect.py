@@ -77,6 +77,9 @@ class LearningToProtectConfig(ModelProtectorConfig):
     retention_weight: float = field(default=0.0, metadata=LATE)
     kept_images: int = field(default=0, metadata=LATE)
     retention_batch: int = field(default=8, metadata=LATE)
+    # Share of that weight which goes by the given model's own errors: near the noise they are smallest, changes show
+    # most, and a plain mean hardly sees them. 0 weighs all timesteps alike.
+    retention_by_error: float = field(default=0.0, metadata=LATE)
     # These images go through the UNet together: better use of a GPU, another rounding.
     one_pass: bool = field(default=False, metadata=LATE)
 
@@ -104,6 +107,8 @@ class LearningToProtectConfig(ModelProtectorConfig):
         drawn = self.kept_images >= 1 if self.retention_weight > 0 else self.kept_images == 0
         require(drawn, "kept_images", self.kept_images, "use 1 or more with a retention_weight, and 0 without")
         require(self.retention_batch >= 1, "retention_batch", self.retention_batch, "use 1 or more")
+        share = self.retention_by_error
+        require(0 <= share <= 1, "retention_by_error", share, "use 0 to 1")
         whole = attacked and self.attackers == ("full",)
         require(whole or not self.compat_grad_leak, "compat_grad_leak", True, "needs the full attacker alone")
 
@@ -182,6 +187,7 @@ class LearningToProtect(ModelProtector[ConfigT]):
                     concept.class_latents,
                     words,
                     batch=config.retention_batch,
+                    by_error=config.retention_by_error,
                     seed=seed,
                 )
                 _add(sums, torch.autograd.grad(config.retention_weight * retention, weights))

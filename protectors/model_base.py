@@ -35,8 +35,10 @@ class ModelProtectorConfig(MethodConfig):
 
     # Updates of the protected weights for each concept; several concepts take turns.
     steps: int = 800
-    # AdamW's learning rate for the protected weights, constant.
+    # AdamW's learning rate for the protected weights.
     rate: float = 5e-6
+    # Share of the updates, the last ones, over which the rate falls to 0 in a line; 0 keeps it constant.
+    rate_decay: float = field(default=0.0, metadata=LATE)
     # The attacker's words for a subject; each simulated attack draws one.
     identifiers: tuple[str, ...] = ("sks",)
     # Prompts that he trains under, with {} for "sks dog" or, on class images, "dog"; each attack draws one.
@@ -58,6 +60,7 @@ class ModelProtectorConfig(MethodConfig):
         MethodConfig.check(self)
         require(self.steps >= 1, "steps", self.steps, "use 1 or more")
         require(self.rate > 0, "rate", self.rate, "use more than 0")
+        require(0 <= self.rate_decay <= 1, "rate_decay", self.rate_decay, "use 0 to 1")
         words = bool(self.identifiers) and all(word.strip() for word in self.identifiers)
         require(words, "identifiers", self.identifiers, "name at least one word")
         places = bool(self.templates) and all(text.count("{}") == 1 for text in self.templates)
@@ -247,7 +250,14 @@ class ModelProtector(ABC, Generic[ConfigT]):
     def _begin(self, study: Study) -> ProtectedWeights:
         named, config = study.named, self.config
         trained = [name for name in named if self._trains(name)]
-        return ProtectedWeights(named, rate=config.rate, trained=trained, clip=config.outer_clip, memory=study.memory)
+        total = config.steps * len(study.concepts)
+        return ProtectedWeights(
+            named,
+            rate=lambda done: config.rate * min(1.0, (total - done) / max(1.0, config.rate_decay * total)),
+            trained=trained,
+            clip=config.outer_clip,
+            memory=study.memory,
+        )
 
     @contextmanager
     def _study(self, concepts: Sequence[Concept], seed: int, kept: Kept | None) -> Iterator[Study]:

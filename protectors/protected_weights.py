@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -22,7 +22,7 @@ class ProtectedWeights:
 
     Args:
         start: the weights by name; copied.
-        rate: learning rate.
+        rate: learning rate by the number of updates that are done.
         trained: names of those that change; None is all. The others do not even decay.
         clip: largest L2 norm of the gradient of all of them; None leaves it.
         memory: what else goes on from update to update; checkpoints hold it, and ``resume`` fills it.
@@ -32,7 +32,7 @@ class ProtectedWeights:
         self,
         start: Mapping[str, Tensor],
         *,
-        rate: float,
+        rate: Callable[[int], float],
         trained: Collection[str] | None = None,
         clip: float | None = None,
         memory: dict[str, Tensor] | None = None,
@@ -46,7 +46,7 @@ class ProtectedWeights:
         named = zip(self.names, self.weights, strict=True)
         self._trained = {name: weight for name, weight in named if trained is None or name in trained}
         chosen = list(self._trained.values())
-        self._optimizer = torch.optim.AdamW(chosen, lr=rate, betas=(0.9, 0.999), weight_decay=1e-2)
+        self._optimizer = torch.optim.AdamW(chosen, lr=rate(0), betas=(0.9, 0.999), weight_decay=1e-2)
 
     def update(self, gradient: Sequence[Tensor], values: Mapping[str, float]) -> None:
         """One AdamW step.
@@ -65,6 +65,8 @@ class ProtectedWeights:
                 self._trained[name].grad = part
         if self._clip is not None:
             torch.nn.utils.clip_grad_norm_(self._trained.values(), self._clip)
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._rate(self.done)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self._guard("weights", self.weights)
@@ -105,7 +107,9 @@ class ProtectedWeights:
     def _guard(self, what: str, tensors: Sequence[Tensor]) -> None:
         # Norms, not values: one number per tensor goes to the CPU.
         if not torch.stack([tensor.detach().norm() for tensor in tensors]).isfinite().all():
-            raise NotFiniteError(f"update {self.done + 1}: {what} not finite at rate {self._rate:g}; lower the rate")
+            raise NotFiniteError(
+                f"update {self.done + 1}: {what} not finite at rate {self._rate(self.done):g}; lower the rate"
+            )
 
 
 def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

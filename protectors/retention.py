@@ -22,7 +22,10 @@ from protectors.randomness import streams
 
 # Guidance holds a prediction against that without a prompt, so some rows go without.
 _NO_PROMPT = 0.15
-_ENCODED_TOGETHER = 8
+_AT_ONCE = 8
+# Errors of the given model are estimated in so many parts of the schedule, from so many draws each.
+_PARTS = 10
+_DRAWS = 48
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -44,6 +47,18 @@ class CachedKept:
     prompts: tuple[str, ...]
     digest: str
     """sha256 over all of them and their prompts."""
+    errors: Tensor
+    """Mean squared errors of the given model on them, in ten equal parts of the schedule from little noise to much."""
+
+    def weights(self, t: Tensor, timesteps: int, *, share: float, start: float = 0.0) -> Tensor:
+        """Weights of squared errors at timesteps t, ``(B,)``: ``1 - share + share E / E(t)``.
+
+        E(t) is the given model's own error there and E its mean from the share ``start`` of the schedule on. With
+        ``share`` 1 a change of the prediction counts relative to what the model misses anyway.
+        """
+        parts = len(self.errors)
+        mean = self.errors[int(start * parts) :].mean()
+        return 1 - share + share * mean / self.errors[t * parts // timesteps]
 
 
 @torch.no_grad()
@@ -63,10 +78,25 @@ def cache_kept(model: DiffusionModel, kept: Kept | None, *, drawn: int) -> Cache
                 f"{len(kept.images)} pictures to keep with {len(kept.prompts)} prompts; give one each, or ''"
             )
         images, prompts = to_8bit(kept.images.detach().to(model.device)), kept.prompts
-        latents = torch.cat([model.mean_latents(part) for part in torch.split(images, _ENCODED_TOGETHER)])
+        latents = torch.cat([model.mean_latents(part) for part in torch.split(images, _AT_ONCE)])
         names = image_digests(images)
     digest = hashlib.sha256("\n".join([*names, *prompts]).encode()).hexdigest()
-    return CachedKept(latents=latents, prompts=prompts, digest=digest)
+    return CachedKept(latents=latents, prompts=prompts, digest=digest, errors=_errors(model, latents, prompts))
+
+
+def _errors(model: DiffusionModel, latents: Tensor, prompts: tuple[str, ...]) -> Tensor:
+    steps = model.schedule.timesteps
+    (generator,) = streams([0], "errors")
+    means = []
+    for part in range(_PARTS):
+        losses = []
+        for places in torch.split(torch.randint(len(latents), (_DRAWS,), generator=generator), _AT_ONCE):
+            bounds = (part * steps // _PARTS, (part + 1) * steps // _PARTS - 1)
+            draws = draw_for(model, latents.shape[1:], [generator] * len(places), t_range=bounds)
+            embeddings = model.embed_prompts([prompts[place] for place in places.tolist()])
+            losses.append(latent_denoising_loss(model, latents[places], embeddings, draws))
+        means.append(torch.cat(losses).mean())
+    return torch.stack(means)
 
 
 def retention_loss(
@@ -77,6 +107,7 @@ def retention_loss(
     words: Words,
     *,
     batch: int,
+    by_error: float,
     seed: int,
 ) -> Tensor:
     """Mean squared difference of the two models' predictions, one number with a graph; 0 where they are equal.
@@ -89,6 +120,7 @@ def retention_loss(
             an attacker who has not trained anything yet.
         words: of the attacker.
         batch: how many of the kept ones.
+        by_error: ``share`` of ``CachedKept.weights``.
         seed: of all draws.
     """
     (generator,) = streams([seed], "retention")
@@ -101,4 +133,5 @@ def retention_loss(
     draws = draw_for(model, latents.shape[1:], [generator] * len(latents))
     with torch.no_grad():
         before = reference.predict(model.add_noise(latents, draws.noise, draws.t), draws.t, embeddings)
-    return latent_denoising_loss(model, latents, embeddings, draws, target=before).mean()
+    weights = kept.weights(draws.t, model.schedule.timesteps, share=by_error)
+    return (weights * latent_denoising_loss(model, latents, embeddings, draws, target=before)).mean()

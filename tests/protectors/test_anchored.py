@@ -18,7 +18,7 @@ from protectors.diffusion import DiffusionModel
 from protectors.dreambooth import class_latents
 from protectors.learning_to_protect import ProtectionLoss, Sample
 from protectors.model_base import Study
-from protectors.retention import Kept, cache_kept, retention_loss
+from protectors.retention import CachedKept, Kept, cache_kept, retention_loss
 from tests.protectors.model_runs import RATE, concept, copied, distance, small_model, unet64
 from tests.protectors.model_runs import SMALL as APDM_SMALL
 
@@ -52,6 +52,7 @@ class Watched(Anchored):
         self.visits: list[tuple[Sample, list[Tensor], float]] = []
         self.references: list[list[Tensor]] = []
         self.memories: list[dict[str, Tensor]] = []
+        self.kept: CachedKept | None = None
 
     def _accumulate(self, study: Study, step: int, gradient: tuple[Tensor, ...]) -> dict[str, float]:
         self.starts.append(copied(study.copy.parameters))
@@ -61,6 +62,7 @@ class Watched(Anchored):
         return values
 
     def _loss(self, study: Study, sample: Sample) -> ProtectionLoss:
+        self.kept = study.kept
         loss = super()._loss(study, sample)
         self.visits.append((sample, copied(study.copy.parameters), float(loss.total.detach())))
         return loss
@@ -75,7 +77,9 @@ def run(model: DiffusionModel, **changes: Any) -> Watched:
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_the_loss_is_that_of_the_equations(tmp_path: Path, prediction_type: str) -> None:
     model = small_model(tmp_path / "tiny", prediction_type=prediction_type)
-    watched = run(model, repulsion=3.0)
+    watched = run(model, repulsion=3.0, pairs_by_error=0.75)
+    assert watched.kept is not None
+    errors = watched.kept.errors.double()
     for sample, weights, loss in watched.visits:
         draws, z, noise = sample.draws, sample.latents.double(), sample.draws.noise.double()
         abar = model.alphas_cumprod.double()[draws.t].view(-1, 1, 1, 1)
@@ -86,8 +90,10 @@ def test_the_loss_is_that_of_the_equations(tmp_path: Path, prediction_type: str)
                 unet64(model, held)(noisy, draws.t, words.double()).sample
                 for held, words in ((None, sample.given), (weights, sample.embeddings))
             )
-        anchor = (found - given)[:2].square().mean()
-        repulsion = (found - given - 3 * (given - truth))[2:].square().mean()
+        own = errors[draws.t * 10 // model.schedule.timesteps]
+        weights = (0.25 + 0.75 * errors[5:].mean() / own).view(-1, 1, 1, 1)
+        anchor = (weights * (found - given).square())[:2].mean()
+        repulsion = (weights * (found - given - 3 * (given - truth)).square())[2:].mean()
         assert loss == pytest.approx(float(anchor + repulsion), rel=1e-4)
 
 
@@ -171,13 +177,36 @@ def test_retention_is_nothing_at_the_given_weights_and_grows_with_the_change(mod
         with torch.no_grad():
             for weight in model.unet.parameters():
                 weight.mul_(factor)
-            found = float(retention_loss(model, reference, kept, general, WORDS, batch=2, seed=1))
+            found = float(retention_loss(model, reference, kept, general, WORDS, batch=2, by_error=0.5, seed=1))
             for weight, given in zip(model.unet.parameters(), before, strict=True):
                 weight.copy_(given)
         return found
 
     assert loss(1.0) == 0.0
     assert 0 < loss(1.001) < loss(1.01)
+
+
+def test_kept_pictures_come_with_the_errors_of_the_given_model_by_part_of_the_schedule(model: DiffusionModel) -> None:
+    kept = cache_kept(model, None, drawn=2)
+    steps, generator = model.schedule.timesteps, torch.Generator().manual_seed(5)
+    t = torch.randint(steps // 10, (400,), generator=generator) + 9 * steps // 10
+    latents = kept.latents[torch.randint(2, (400,), generator=generator)]
+    noise = torch.randn(latents.shape, generator=generator)
+    with torch.no_grad():
+        found = model.predict(model.add_noise(latents, noise, t), t, model.embed_prompts([""] * 400))
+        error = (found - model.target(latents, noise, t)).square().mean()
+    assert float(kept.errors[9]) == pytest.approx(float(error), rel=0.1)
+
+
+def test_weights_make_errors_relative_and_leave_their_mean() -> None:
+    errors = torch.tensor([8.0, 4.0, 2.0, 1.0])
+    kept = CachedKept(latents=torch.zeros(0), prompts=(), digest="", errors=errors)
+    t = torch.tensor([0, 249, 250, 500, 999])
+    torch.testing.assert_close(kept.weights(t, 1000, share=0.0), torch.ones(5))
+    relative = kept.weights(t, 1000, share=1.0)
+    torch.testing.assert_close(relative * errors[[0, 0, 1, 2, 3]], torch.full((5,), 3.75))
+    torch.testing.assert_close(kept.weights(t, 1000, share=0.5), (1 + relative) / 2)
+    torch.testing.assert_close(kept.weights(t[3:], 1000, share=1.0, start=0.5), torch.tensor([0.75, 1.5]))
 
 
 def small_copy(model: DiffusionModel) -> DiffusionModel:
@@ -190,14 +219,15 @@ def test_retention_keeps_the_model_nearer_to_what_it_was(model: DiffusionModel) 
     """As far as predictions on drawn pictures go; the weights may drift as they like."""
     kept, general = cache_kept(model, None, drawn=2), class_latents(model, WORDS.general, 3)
     changed = {}
-    for weight in (0.0, 100.0):
-        config = SMALL.replace(steps=6, rate=1e-3, retention_weight=weight, kept_images=2 if weight else 0)
+    for weight in (1e-6, 100.0):
+        config = SMALL.replace(steps=6, rate=1e-3, retention_weight=weight)
         protected = Anchored(config, model).protect([concept()], seed=3).on(model)
         losses = [
-            float(retention_loss(protected, model, kept, general, WORDS, batch=2, seed=seed)) for seed in range(8)
+            float(retention_loss(protected, model, kept, general, WORDS, batch=2, by_error=0.5, seed=seed))
+            for seed in range(8)
         ]
         changed[weight] = sum(losses)
-    assert changed[100.0] < 0.7 * changed[0.0]
+    assert changed[100.0] < 0.7 * changed[1e-6]
 
 
 def test_given_pictures_are_kept_instead_of_drawn_ones_under_their_own_prompts(
@@ -238,6 +268,10 @@ def test_bad_pictures_to_keep_are_refused(model: DiffusionModel) -> None:
         ({"attack_length": 1}, "attack_length"),
         ({"pairs_from": 1.0}, "pairs_from"),
         ({"retention_weight": 0.0}, "kept_images"),
+        ({"retention_weight": 0.0, "kept_images": 0}, "retention_weight"),
+        ({"retention_by_error": 1.5}, "retention_by_error"),
+        ({"pairs_by_error": -0.5}, "pairs_by_error"),
+        ({"rate_decay": 1.5}, "rate_decay"),
         ({"kept_images": 0}, "kept_images"),
         ({"retention_batch": 0}, "retention_batch"),
         ({"inner_state_reset": "carried"}, "attack_length"),

@@ -191,7 +191,7 @@ def test_the_gradient_of_an_update_is_clipped_as_a_whole() -> None:
     start = {"a": torch.zeros(3), "b": torch.zeros(4)}
     for length, expected in ((10.0, 2.0), (1.0, 1.0)):
         memory: dict[str, Tensor] = {}
-        weights = ProtectedWeights(start, rate=1e-3, clip=2.0, memory=memory)
+        weights = ProtectedWeights(start, rate=lambda _: 1e-3, clip=2.0, memory=memory)
         gradient = torch.arange(1.0, 8.0)
         gradient *= length / gradient.norm()
         parts = (gradient[:3].clone(), gradient[3:].clone())
@@ -206,6 +206,16 @@ def test_a_run_clips_at_its_own_field(model: DiffusionModel) -> None:
     given = dict(model.unet.named_parameters())
     for name, weight in result.weights.items():
         torch.testing.assert_close(weight, given[name] * (1 - 0.01 * SMALL.rate), rtol=1e-6, atol=1e-9)
+
+
+def test_the_rate_falls_in_a_line_over_the_last_updates(model: DiffusionModel) -> None:
+    # Again by decay alone: at the full rate, three times, and at half of it.
+    result = APDM(SMALL.replace(steps=4, rate=1.0, rate_decay=0.5, outer_clip=1e-20), model).protect(
+        [concept()], seed=1
+    )
+    given = dict(model.unet.named_parameters())
+    for name, weight in result.weights.items():
+        torch.testing.assert_close(weight, given[name] * 0.99**3 * 0.995, rtol=1e-5, atol=1e-7)
 
 
 def test_the_mode_has_no_noise_of_the_posterior(model: DiffusionModel, lessons: list[Lesson]) -> None:
