@@ -199,9 +199,11 @@ class SignerSettings(_Settings):
     certificate: LocalFile | None = None
     """PEM file: the signer's certificate, then those that vouch for it."""
     key: LocalFile | None = None
-    """PEM file with its private key, without a password."""
+    """PEM file with its private key (PKCS#8), without a password."""
     callback: Annotated[str | None, Field(pattern=r"^[\w.]+:\w+$")] = None
-    """Instead of a key, "module:function" that returns the signature of the bytes it gets: a KMS or an HSM."""
+    """Instead of a key, "module:function" that returns the signature of the bytes it gets: a KMS or an HSM. The module
+    must be installed on those machines.
+    """
     timestamp_url: RightsUrl | None = None
     """Time-stamp authority (RFC 3161), asked once per image. None: no request leaves the machine."""
 

@@ -6,7 +6,7 @@ import hashlib
 import io
 import math
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -87,6 +87,14 @@ def encode(image: DecodedImage, pixels: Pixels, format: OutputFormat, *, png_lev
     except (OSError, ValueError, MemoryError, struct.error) as error:
         raise EncodeError(f"{format} encoder failed: {error}; try another format") from error
     return out.getvalue()
+
+
+def lost_texts(image: DecodedImage, format: OutputFormat) -> tuple[str, ...]:
+    """Names the PNG texts for which another format has no place: EXIF takes most of them, if it says nothing itself."""
+    if format == "png" or image.source_format != "PNG":
+        return ()
+    kept = replace(image.metadata, exif=portable_exif(image.metadata)).exif_words
+    return tuple(f"PNG text {key!r}" for key, _ in image.metadata.texts if key not in kept)
 
 
 def measure(data: bytes, image: DecodedImage, limits: DecodeLimits) -> Measured:

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from pipeline.assets import Asset, Unit
 from pipeline.decode import DecodedImage, apply_delta, decode, upright
-from pipeline.encode import OutputFormat, choose_format, encode, measure, pixel_sha256_of_bytes
+from pipeline.encode import OutputFormat, choose_format, encode, lost_texts, measure, pixel_sha256_of_bytes
 from pipeline.errors import (
     AssetError,
     BudgetExceeded,
@@ -156,7 +156,7 @@ def _protected_row(job: Job, asset: Asset, rung: int) -> dict[str, Any]:
         "ssim": measured.ssim,
         "objective_before": asset.objective_before,
         "objective_after": asset.objective_after,
-        "metadata_dropped": list(image.metadata.dropped),
+        "metadata_dropped": [*image.metadata.dropped, *lost_texts(image, chosen)],
         "data_mining": rights_in(measured.xmp).get("data_mining"),
         **signature,
     }
