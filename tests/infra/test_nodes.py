@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -86,6 +87,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, no_real_aws: None) -> Iter
         node(logs / "second", "127.0.0.4", *join) as second,
     ):
         yield address, [first, second]
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def test_a_run_goes_on_without_a_lost_node(
