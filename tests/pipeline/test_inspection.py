@@ -66,7 +66,7 @@ def test_status_of_a_finished_destination(finished: Outcome) -> None:
 
 
 def test_status_tells_current_replaced_and_gone(finished: Outcome, tmp_path: Path) -> None:
-    """Shards: 0 to 3; 4 and two broken files, which are mended and taken away; then what is new and changes again."""
+    """Shards: 0 to 3; 4 and two broken files, later mended or taken away; then what is new, which changes again."""
     source = tmp_path / "in"
     for name in ("2.png", "3.png", "empty.png"):
         (source / name).unlink()
