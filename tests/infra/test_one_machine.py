@@ -102,7 +102,7 @@ def machine(s3_server: S3Server, tmp_path: Path) -> Iterator[Machine]:
     signer = make_signer(tmp_path / "signer")
     source, destination = (f"s3://{make_bucket(s3_server)}/2026" for _ in range(2))
     prefect, ray, dashboard, client, exported = (free_port() for _ in range(5))
-    temporary = Path(f"/tmp/ray-{ray}")  # short: the paths of Ray's sockets lie below it
+    temporary = Path(f"/tmp/one-{ray}")  # short: the paths of Ray's sockets lie below it
     document = {
         "source": source,
         "destination": destination,
