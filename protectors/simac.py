@@ -50,7 +50,7 @@ class SimAC(SubjectProtector[SimACConfig]):
 
     "SimAC: A Simple Anti-Customization Method for Protecting Face Privacy against Text-to-Image Synthesis of
     Diffusion Models", https://arxiv.org/abs/2312.07865. First every image gets its own timesteps: of five that are
-    tried, those around the one with the smallest sum |grad_x L_ldm| are struck off. Then the turns of ASPL, with
+    tried, those around the one with the smallest sum ``|grad_x L_ldm|`` are struck off. Then the turns of ASPL, with
     J = L_ldm + w L_feat, maximised; L_feat = mean (f(z_t(x)) - f(z_t(reference)))^2 over the outputs f of the ResNet
     blocks in the UNet's last decoder block, with the same noise and t for both.
 

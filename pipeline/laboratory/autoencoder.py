@@ -50,7 +50,7 @@ def fidelity(vae: Any, images: Tensor, sample: str, bars: Sequence[float | None]
 def fragility(
     vae: Any, images: Tensor, sample: str, attack: EncoderAttack, bars: Sequence[float | None]
 ) -> list[Figure]:
-    """Relative shift of the mean latents under attack, |E(x + d) - E(x)| / |E(x)|, and how many times that of noise.
+    """Relative shift of the mean latents under attack, ``|E(x + d) - E(x)| / |E(x)|``, and how often that of noise.
 
     Args:
         images: `(N, 3, S, S)` in [0, 1].

@@ -59,7 +59,7 @@ def kid(left: Tensor, right: Tensor, *, seed: int = 0) -> SetDistance:
 
 
 def cmmd(left: Tensor, right: Tensor, *, seed: int = 0) -> SetDistance:
-    """Kernel distance with k(x, y) = exp(-|x - y|^2 / (2·10^2)), times 1000; arguments and errors as `kid`."""
+    """Kernel distance with ``k(x, y) = exp(-|x - y|^2 / (2·10^2))``, times 1000; arguments and errors as `kid`."""
     return _over_blocks("cmmd", _gaussian_mmd, left, right, seed)
 
 

@@ -38,7 +38,7 @@ _RATIOS = gamma(2 / _SHAPES) ** 2 / (gamma(1 / _SHAPES) * gamma(3 / _SHAPES))
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SupportVectors:
-    """A trained regression: score(x) = sum of weights · exp(-width · |x - vector|^2) - offset, on scaled features."""
+    """Trained regression: ``score(x) = sum of weights · exp(-width · |x - vector|^2) - offset``, on scaled features."""
 
     vectors: Floats  # (V, 36)
     weights: Floats  # (V,)
