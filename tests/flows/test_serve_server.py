@@ -41,6 +41,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 INFRA = Path(__file__).parents[2] / "infra"
 WAIT_S = 900.0
+SLOW = {"archive": {"unit_assets": 1}, "method": {"name": FAKE, "overrides": {"sleep_s": 5.0}}}
 
 
 @dataclass
@@ -54,10 +55,18 @@ class Served:
 
     @contextmanager
     def serving(self, *options: object) -> Iterator[Command]:
+        """The process, once its deployment is registered."""
         home = Path(self.environment["PREFECT_HOME"])
         job = self.folder / "nightly.yaml"
         with running("serve", job, "--cron", "0 3 1 1 *", *options, home=home, environment=self.environment) as command:
+            until(self.registered, "the deployment", WAIT_S)
             yield command
+
+    def registered(self) -> bool:
+        try:
+            return bool(self.deployment())
+        except ObjectNotFound:
+            return False
 
     def deployment(self) -> Any:
         return self.client.read_deployment_by_name("protect-archive/nightly")
@@ -66,6 +75,12 @@ class Served:
         found = self.client.read_deployment_by_name(name)
         merged = {**found.parameters["config"], **parameters}
         return self.client.create_flow_run_from_deployment(found.id, parameters={"config": merged})
+
+    def at_work(self, destination: Path) -> FlowRun:
+        """A run that takes its time, once its first part is stored."""
+        run = self.start(destination=str(destination), job=SLOW)
+        until(lambda: any(destination.glob("parts/*/*.parquet")), "the first part", WAIT_S)
+        return run
 
     def state(self, run: FlowRun) -> Any:
         return self.client.read_flow_run(run.id).state
@@ -119,17 +134,9 @@ def _healthy(url: str) -> bool:
         return False
 
 
-def _registered(served: Served) -> bool:
-    try:
-        return bool(served.deployment())
-    except ObjectNotFound:
-        return False
-
-
 def test_a_schedule_and_its_runs(served: Served) -> None:
     source, out = served.folder / "source", open_store(str(served.folder / "out"), StorageOptions())
     with served.serving():
-        until(lambda: _registered(served), "the deployment", WAIT_S)
         made = served.deployment()
         assert made.concurrency_options.model_dump(exclude_none=True) == limit().model_dump(exclude={"limit"})
         assert (made.global_concurrency_limit.limit, made.paused, len(made.schedules)) == (1, False, 1)
@@ -169,12 +176,8 @@ def test_a_schedule_and_its_runs(served: Served) -> None:
 
 
 def test_a_process_that_is_told_to_stop(served: Served) -> None:
-    stopped = served.folder / "stopped"
-    job = {"archive": {"unit_assets": 1}, "method": {"name": FAKE, "overrides": {"sleep_s": 5.0}}}
     with served.serving() as command:
-        until(lambda: _registered(served), "the deployment", WAIT_S)
-        run = served.start(destination=str(stopped), job=job)
-        until(lambda: any(stopped.glob("parts/*/*.parquet")), "the first part", WAIT_S)
+        run = served.at_work(served.folder / "stopped")
         command.process.terminate()
         assert command.wait(120).code == 0
     assert served.ended(run).is_cancelled()
@@ -183,11 +186,8 @@ def test_a_process_that_is_told_to_stop(served: Served) -> None:
 
 def test_a_run_that_was_killed(served: Served) -> None:
     slow = served.folder / "slow"
-    job = {"archive": {"unit_assets": 1}, "method": {"name": FAKE, "overrides": {"sleep_s": 5.0}}}
     with served.serving() as command:
-        until(lambda: _registered(served), "the deployment", WAIT_S)
-        run = served.start(destination=str(slow), job=job)
-        until(lambda: any(slow.glob("parts/*/*.parquet")), "the first part", WAIT_S)
+        run = served.at_work(slow)
         command.kill()
     begin = time.monotonic()
     state = served.ended(run)
@@ -196,7 +196,7 @@ def test_a_run_that_was_killed(served: Served) -> None:
     with served.serving():
         # The dead run's place is free when its lease ends, after five minutes at most.
         until(lambda: served.deployment().global_concurrency_limit.active_slots == 0, "its place", WAIT_S)
-        again = served.start(destination=str(slow), job=job)
+        again = served.start(destination=str(slow), job=SLOW)
         assert served.ended(again).is_completed()
     assert finished(open_store(str(slow), StorageOptions()))
 
@@ -204,7 +204,6 @@ def test_a_run_that_was_killed(served: Served) -> None:
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: apt-get install chromium")
 def test_the_pages(served: Served, page: Page) -> None:  # noqa: F811
     with served.serving():
-        until(lambda: _registered(served), "the deployment", WAIT_S)
         run = served.start()
         assert served.ended(run).is_completed()
     form = f"{served.url}/deployments/deployment/{served.deployment().id}/run"
