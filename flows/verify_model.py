@@ -46,9 +46,10 @@ _HELP = (
     "--identifiers and --attacks is the centre; every further one is a row of its own that differs from it in that one "
     "thing.\n\n"
     "Several models of one label are one method on several concepts, and intervals are over concepts; of one concept "
-    "alone they are over its drawn pictures. Writes verification.json (every number), .md and .png, and sheet.png, "
-    "which shows the photos themselves. Every trial is stored under a name that follows from all that decides it: run "
-    "the same command again to go on after a stop; those of the base are shared by all models.\n\n"
+    "alone over --trainings, or with one of them over its drawn pictures. Writes verification.json (every number), "
+    ".md and .png, and sheet.png, which shows the photos themselves. Every trial is stored under a name that follows "
+    "from all that decides it: run the same command again to go on after a stop; those of the base are shared by all "
+    "models.\n\n"
     "Example: fixative verify-model protected --base nano-sd --photos subjects.parquet --held-out photos.parquet "
     "--out verification\n\n"
     "Two methods: fixative verify-model apdm=dog apdm=cat naive=dog-naive naive=cat-naive --against naive ..."
@@ -83,6 +84,9 @@ def verify_model(
     others: Annotated[
         int, _attack("--others", help="Other subjects to teach, of the same class and of others: so many each.", min=0)
     ] = 2,
+    trainings: Annotated[
+        int, _attack("--trainings", help="How often each attack is made, each time from another seed.", min=1)
+    ] = 1,
     overrides: Annotated[
         list[str] | None, _attack("--set", help="A field of the customizers, as steps=100; repeatable.")
     ] = None,
@@ -128,6 +132,7 @@ def verify_model(
             attacks=_names(attacks),
             overrides=overrides_of(overrides) or {},
             others=others,
+            trainings=trainings,
             generated=generated,
             held_out=held_out,
             held_out_photos=held_out_photos,

@@ -67,7 +67,7 @@ def _panel(axes: Axes, rows: Sequence[RowResult], labels: Sequence[str]) -> None
 def sheet(found: Findings, results: Results, file: Path) -> None:
     """Draws, for each protected model and concept, the photos of the first row, and what is drawn before and after."""
     plan = found.plan
-    cases = [case for case in plan.cases if case.row is plan.rows[0]]
+    cases = [case for case in plan.cases if case.row is plan.rows[0] and case.seed == plan.settings.seed]
     width = 4 * (_SHOWN * _SIDE + _GAP) + _GAP
     drawn = Image.new("RGB", (width, len(cases) * (2 * _STRIP + _SIDE + _GAP)), "white")
     pen = ImageDraw.Draw(drawn)

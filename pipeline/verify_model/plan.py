@@ -46,6 +46,8 @@ class Settings:
     overrides: Mapping[str, Any] = field(default_factory=dict)
     # Other subjects per concept and kind.
     others: int = 2
+    # How often each attack is made, with a seed of its own each time: from ``seed`` on.
+    trainings: int = 1
     # Images drawn from each customized model.
     generated: int = GENERATED
     # Parquet with asset_id, image, caption, and how many of its photos are used.
@@ -117,6 +119,7 @@ def plan_verification(settings: Settings) -> VerificationPlan:
         subjects=subjects,
         generated=settings.generated,
         seed=settings.seed,
+        trainings=settings.trainings,
         others=settings.others,
         side=side,
         about={**environment, "embedder": embedder},

@@ -38,6 +38,8 @@ class Planner:
     # Images drawn from each customized model.
     generated: int
     seed: int
+    # How often each attack is made: with this seed, and those after it.
+    trainings: int
     # Other subjects per concept and kind.
     others: int
     side: int
@@ -48,24 +50,28 @@ class Planner:
         """The row on every concept of a model."""
         for concept in protected.concepts:
             for lesson in self._lessons(protected, concept, row):
-                yield Case(
-                    row=row,
-                    protected=protected,
-                    concept=concept,
-                    subject=lesson.subject,
-                    train=lesson.train,
-                    references=lesson.references,
-                    base=self._customization(row, self.base, lesson),
-                    attacked=self._customization(row, protected.model, lesson),
-                    floor=self._floor(row, self.base, lesson),
-                    own_floor=self._floor(row, protected.model, lesson),
-                )
+                for seed in range(self.seed, self.seed + self.trainings):
+                    yield Case(
+                        row=row,
+                        protected=protected,
+                        concept=concept,
+                        subject=lesson.subject,
+                        train=lesson.train,
+                        references=lesson.references,
+                        seed=seed,
+                        base=self._customization(row, self.base, lesson, seed),
+                        attacked=self._customization(row, protected.model, lesson, seed),
+                        floor=self._floor(row, self.base, lesson, seed),
+                        own_floor=self._floor(row, protected.model, lesson, seed),
+                    )
 
     def losses(self, protected: Protected, photos: Photos) -> tuple[Denoising, Denoising]:
         """Of the base and of the protected model, on equal photos and draws."""
         about = {"photos": photos.digest()}
         base, other = (
-            Denoising(key=self._key(about, model), model=model, photos=photos, side=self.side, seed=self.seed)
+            Denoising(
+                key=self._key(about, model, self.seed), model=model, photos=photos, side=self.side, seed=self.seed
+            )
             for model in (self.base, protected.model)
         )
         return base, other
@@ -78,7 +84,7 @@ class Planner:
         about = {"prompts": list(prompts), "count": count, "sampling": asdict(sampling)}
         first, second, other = (
             Drawing(
-                key=self._key({**about, "noise": noise}, model),
+                key=self._key({**about, "noise": noise}, model, self.seed),
                 model=model,
                 prompts=tuple(prompts),
                 count=count,
@@ -112,17 +118,17 @@ class Planner:
         ]
         return found[: self.others]
 
-    def _customization(self, row: Row, model: Model, lesson: _Lesson) -> Customization:
+    def _customization(self, row: Row, model: Model, lesson: _Lesson, seed: int) -> Customization:
         photos = changed([lesson.subject.photos[place] for place in lesson.train], row.images)
-        return self._trial(row, model, lesson, photos, {"attack": row.customizer.parameters()})
+        return self._trial(row, model, lesson, seed, photos, {"attack": row.customizer.parameters()})
 
-    def _floor(self, row: Row, model: Model, lesson: _Lesson) -> Customization:
+    def _floor(self, row: Row, model: Model, lesson: _Lesson, seed: int) -> Customization:
         """Trains on nothing: rows that draw alike and compare alike share it."""
         photos = [lesson.subject.photos[place] for place in lesson.train]
-        return self._trial(row, model, lesson, photos, {"floor": asdict(row.customizer.sampling)})
+        return self._trial(row, model, lesson, seed, photos, {"floor": asdict(row.customizer.sampling)})
 
     def _trial(
-        self, row: Row, model: Model, lesson: _Lesson, photos: list[Pixels], how: Mapping[str, Any]
+        self, row: Row, model: Model, lesson: _Lesson, seed: int, photos: list[Pixels], how: Mapping[str, Any]
     ) -> Customization:
         references = [lesson.subject.photos[place] for place in lesson.references]
         about = {
@@ -134,7 +140,7 @@ class Planner:
             "references": [photo_digest(photo) for photo in references],
         }
         return Customization(
-            key=self._key(about, model),
+            key=self._key(about, model, seed),
             model=model,
             attack=Attack(
                 customizer=row.name,
@@ -143,7 +149,7 @@ class Planner:
                 models={ModelKind.LATENT: model.folder},
                 side=self.side,
                 generated=self.generated,
-                seed=self.seed,
+                seed=seed,
             ),
             subject=lesson.subject.name,
             class_word=lesson.class_word,
@@ -152,6 +158,6 @@ class Planner:
             floor="floor" in how,
         )
 
-    def _key(self, about: Mapping[str, Any], model: Model) -> str:
-        fields = {**self.about, **about, "model": model.digest, "side": self.side, "seed": self.seed}
+    def _key(self, about: Mapping[str, Any], model: Model, seed: int) -> str:
+        fields = {**self.about, **about, "model": model.digest, "side": self.side, "seed": seed}
         return fingerprint(fields)[:24]

@@ -122,6 +122,7 @@ def _case(result: CaseResult) -> dict[str, Any]:
         "concept": case.concept.subject.name,
         "subject": case.subject.name,
         "class_word": case.base.class_word,
+        "seed": case.seed,
         "images": image_sets(case),
         "trials": {name: getattr(case, name).key for name in ("base", "attacked", "floor", "own_floor")},
         "means": means,
@@ -182,8 +183,9 @@ def _line(found: RowResult) -> list[str]:
 
 def _count(found: RowResult) -> str:
     subjects = len({case.case.subject.name for case in found.cases})
+    attacks = "" if len(found.cases) == 1 else f", {len(found.cases)} attacks"
     lost = f", {len(found.errors)} failed" if found.errors else ""
-    return f"{subjects} subject{'' if subjects == 1 else 's'}, {found.images} images{lost}"
+    return f"{subjects} subject{'' if subjects == 1 else 's'}{attacks}, {found.images} images{lost}"
 
 
 def utility_lines(found: Findings) -> list[list[str]]:
@@ -244,7 +246,7 @@ def notes(found: Findings) -> list[str]:
     units = sorted({row.unit for row in found.rows if row.unit})
     said += [f"intervals (95 %, bootstrap) over {unit}" for unit in units]
     if any(row.unit.startswith("pictures") for row in found.rows):
-        said.append("an interval over pictures of one training says nothing of another training or another subject")
+        said.append("an interval over pictures of one attack says nothing of another attack, model or subject")
     if any(row.units < FEW_UNITS for row in found.rows if row.unit and not row.unit.startswith("pictures")):
         said.append(f"of fewer than {FEW_UNITS} concepts, models or subjects nothing is claimed for further ones")
     said += _notes_on_others(found)

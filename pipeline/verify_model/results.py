@@ -26,7 +26,8 @@ PREVENTED_BAR = 0.5
 KEPT_BAR = 0.8
 """... and of what others can be taught that must be left."""
 NO_GAIN = "the attack measures nothing: on the base itself it gains nothing that is surely above zero"
-_PICTURES, _CONCEPTS, _MODELS, _OTHERS = "pictures of one training each", "concepts", "models", "other subjects"
+_PICTURES, _CONCEPTS, _MODELS, _OTHERS = "pictures of one attack each", "concepts", "models", "other subjects"
+_ATTACKS = "attacks"
 _COLUMNS = ("base", "protected", "floor", "own_floor")
 
 
@@ -209,13 +210,17 @@ def _by_unit(cases: Sequence[CaseResult]) -> tuple[dict[str, Floats], str]:
     """Values by what a resample draws, and what that is: one training of the protected model is in one unit alone.
 
     That is the protected subject; where others are taught, the model, and with one model the subject that is taught.
+    Where there is one of it alone, and it was attacked several times, the attacks.
     """
-    if cases[0].case.row.kind is Kind.CONCEPT:
+    models = [case.case.protected.model.digest for case in cases]
+    if all(case.case.row.kind is Kind.CONCEPT for case in cases):
         names, what = [case.case.concept.subject.name for case in cases], _CONCEPTS
-    elif len(set(models := [case.case.protected.model.digest for case in cases])) > 1:
+    elif len(set(models)) > 1:
         names, what = models, _MODELS
     else:
         names, what = [case.case.subject.name for case in cases], _OTHERS
+    if len(set(names)) == len(set(models)) == 1:
+        names, what = [str(case.case.seed) for case in cases], _ATTACKS
     found: dict[str, list[Floats]] = {}
     for name, case in zip(names, cases, strict=True):
         found.setdefault(name, []).append(case.values)
@@ -238,7 +243,11 @@ def difference(found: RowResult, held: RowResult) -> Difference:
     empty = Difference(row=found.row, label=found.label, against=held.label, interval=None)
     if any(one.state is not State.MEASURED for one in (found, held)):
         return replace(empty, reason="one of the two has no number")
-    (ours, several), (theirs, _) = _by_unit(found.cases), _by_unit(held.cases)
+    names = [{case.case.concept.subject.name for case in one.cases} for one in (found, held)]
+    (ours, several), (theirs, _) = (
+        _by_unit([case for case in one.cases if case.case.concept.subject.name in names[0] & names[1]])
+        for one in (found, held)
+    )
     shared = [name for name in ours if name in theirs]
     if not shared:
         return replace(empty, reason="no subject was measured for both")

@@ -145,6 +145,8 @@ class Case:
     # Places among the subject's photos; what the attacker has is made from the first.
     train: tuple[int, ...]
     references: tuple[int, ...]
+    # Of the attack.
+    seed: int
     # A and C: the base and the protected model customized; F and its counterpart: before that.
     base: Customization
     attacked: Customization

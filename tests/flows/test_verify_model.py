@@ -80,7 +80,7 @@ def test_a_run_and_the_same_again(folder: Path, tmp_path: Path) -> None:
     result = verify(folder, out, *options)
     assert result.code == 0, result
     assert "attack: 6/6" in result.out
-    for words in ("prevented", "apdm fast less mine", "largest change", "over pictures of one training", "not met: "):
+    for words in ("prevented", "apdm fast less mine", "largest change", "over pictures of one attack", "not met: "):
         assert words in result.out
     names = {path.name for path in out.iterdir() if path.is_file()}
     assert names == {"verification.json", "verification.md", "verification.png", "sheet.png"}

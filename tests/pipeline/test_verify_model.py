@@ -281,7 +281,7 @@ def test_files_hold_every_number(found: Findings, done: tuple[Results, Told], pl
         ["others of its class", "ace", "2", "0", "1", "0", "0"],
     ]
     text = (results.folder / "verification.md").read_text()
-    for words in ("prevented", "others of its class", "over pictures of one training"):
+    for words in ("prevented", "others of its class", "over pictures of one attack"):
         assert words in text
     with Image.open(results.folder / "sheet.png") as sheet:
         assert sheet.size[0] > 3 * sheet.size[1]
@@ -390,7 +390,7 @@ def test_with_several_concepts_the_concept_is_the_unit(folder: Path) -> None:
     )
     both = summarize(plan.rows[0], "a", [rex, zoe])
     assert both.share is not None
-    assert (both.units, both.images, both.unit) == (2, 10, "concepts, and pictures of one training each in them")
+    assert (both.units, both.images, both.unit) == (2, 10, "concepts, and pictures of one attack each in them")
     assert both.share.value == pytest.approx(0.75)
     # Either concept may be drawn twice.
     assert both.share.low is not None
@@ -427,11 +427,11 @@ def test_others_of_one_model_count_once_and_are_the_units(folder: Path) -> None:
     both = protected(folder, "joint", ["rex", "ace"])
     plan = plan_verification(settings(folder, both, others=2, drawn=0))
     concept, same, other = gather(plan, Scored(plan), {}).rows  # type: ignore[arg-type]
-    assert (concept.unit, concept.units) == ("concepts, and pictures of one training each in them", 2)
+    assert (concept.unit, concept.units) == ("concepts, and pictures of one attack each in them", 2)
     assert [case.case.subject.name for case in same.cases] == ["ned"]
-    assert (same.unit, same.units, same.images) == ("pictures of one training each", 5, 5)
+    assert (same.unit, same.units, same.images) == ("pictures of one attack each", 5, 5)
     assert [case.case.subject.name for case in other.cases] == ["cup", "zoe"]
-    assert (other.unit, other.units) == ("other subjects, and pictures of one training each in them", 2)
+    assert (other.unit, other.units) == ("other subjects, and pictures of one attack each in them", 2)
     assert other.images == 10
 
 
@@ -439,13 +439,30 @@ def test_several_models_are_the_units_of_what_is_kept(folder: Path) -> None:
     plan = plan_verification(settings(folder, f"a={folder / 'other'}", f"a={folder / 'cat'}", others=2, drawn=0))
     found = gather(plan, Scored(plan), {})  # type: ignore[arg-type]
     _, same, other = found.rows
-    assert (other.unit, other.units) == ("models, and pictures of one training each in them", 2)
+    assert (other.unit, other.units) == ("models, and pictures of one attack each in them", 2)
     assert [len(row.cases) for row in (same, other)] == [2, 4]
     notes = "\n".join(report.notes(found))
     # There is one cat; both models were taught the cup.
     assert "others of its class, sks: --photos has no such subject for the model of zoe" in notes
     assert "others of other classes, sks: several models were taught the same subjects" in notes
     assert "others of its class, sks: several models" not in notes
+
+
+def test_an_attack_can_be_made_several_times(folder: Path) -> None:
+    """Every one has a seed of its own; of one concept alone the attacks are what is resampled."""
+    given = settings(folder, f"a={folder / 'other'}", f"b={folder / 'same'}", others=1, drawn=0)
+    once, plan = plan_verification(given), plan_verification(replace(given, trainings=3))
+    assert {task.key for task in once.tasks()} < {task.key for task in plan.tasks()}
+    assert len({case.attacked.key for case in plan.cases}) == 3 * len({case.attacked.key for case in once.cases})
+    assert {case.attacked.attack.seed for case in plan.cases} == {0, 1, 2}
+    found = gather(plan, Scored(plan), {}, against="b")  # type: ignore[arg-type]
+    concept = found.rows[0]
+    assert (concept.unit, concept.units, concept.images) == ("attacks, and pictures of one attack each in them", 3, 15)
+    assert report.lines(found)[0][-1] == "1 subject, 3 attacks, 15 images"
+    assert (found.differences[0].unit, found.differences[0].units) == (concept.unit, 3)
+    both = plan_verification(replace(given, protected=(f"a={folder / 'other'}", f"a={folder / 'cat'}"), trainings=2))
+    row = gather(both, Scored(both), {}).rows[0]  # type: ignore[arg-type]
+    assert (row.unit, row.units, row.images) == ("concepts, and pictures of one attack each in them", 2, 20)
 
 
 def test_a_row_tells_what_it_was_judged_without(folder: Path) -> None:
