@@ -53,12 +53,13 @@ class AnchoredConfig(LearningToProtectConfig):
 
 
 _FAST = AnchoredConfig(
-    steps=300,
+    steps=420,
     rate=5e-4,
     attacker_rates=(2e-4,),
     batch=4,
     class_images=32,
     templates=("a photo of a {}",),
+    one_pass=True,
 )
 _IDENTIFIERS = ("sks", "ktn", "t@t", "<subject>")
 _ATTACKERS: tuple[Attacker, ...] = ("full", "lora", "cross_attention")

@@ -51,7 +51,7 @@ class ModelJob(_Settings):
     # pictures that it draws itself.
     keep: str | None = None
     # At most so many of them, spread over the file.
-    keep_images: Annotated[int, Field(ge=1)] = 512
+    keep_images: Annotated[int, Field(ge=1)] = 1024
     seed: Annotated[int, Field(ge=0, lt=SEED_LIMIT)] = 0
     device: str = "cpu"
     # Updates between two checkpoints; each writes three times the UNet's weights.
