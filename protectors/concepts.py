@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from protectors.constraints import LEVELS, to_8bit
+from protectors.crops import crops
 from protectors.diffusion import DiffusionModel
 from protectors.dreambooth import Moments, class_latents
 
@@ -50,11 +51,11 @@ class CachedConcept:
     class_word: str
     words: tuple[Words, ...]
     images: Tensor
-    """Rounded to 8 bit."""
+    """Rounded to 8 bit: N that were given, then crops of them, one of each, then the next one of each."""
     moments: Moments
-    """Of the VAE's posterior of the images, ``(N, C, h, w)`` each."""
+    """Of the VAE's posterior of all these, ``(N', C, h, w)`` each."""
     positives: Tensor
-    """``(N, C, h, w)``; number i goes with image i."""
+    """``(N, C, h, w)``; number i goes with image i and its crops."""
     class_latents: Tensor
     """``(M, C, h, w)``."""
     pairs: tuple[tuple[str, str], ...]
@@ -84,7 +85,7 @@ def attacker_words(
 
 @torch.no_grad()
 def cache_concept(
-    model: DiffusionModel, concept: Concept, words: tuple[Words, ...], *, class_images: int
+    model: DiffusionModel, concept: Concept, words: tuple[Words, ...], *, class_images: int, crops_of_each: int = 0
 ) -> CachedConcept:
     """Checks a concept, encodes its images and prompts, and draws its class images from the model as it is.
 
@@ -93,6 +94,7 @@ def cache_concept(
         concept: see there.
         words: the first one's class prompt is the one that class images are drawn under.
         class_images: how many, besides one positive for each image where the concept has none.
+        crops_of_each: how many crops of each image are added.
 
     Raises:
         ValueError: the concept breaks one of the rules of ``Concept``.
@@ -102,7 +104,8 @@ def cache_concept(
     names = image_digests(images)
     order = sorted(range(len(images)), key=names.__getitem__)
     images = images[order]
-    parts = [model.encode_moments(part) for part in torch.split(images, _ENCODED_TOGETHER)]
+    every = torch.cat([images, to_8bit(crops(images, crops_of_each))])
+    parts = [model.encode_moments(part) for part in torch.split(every, _ENCODED_TOGETHER)]
     mean, logvar = (torch.cat(part) for part in zip(*parts, strict=True))
     drawn = class_latents(model, words[0].general, class_images + (len(images) if concept.positives is None else 0))
     # Drawn positives are dealt out in the order of the hashes, given ones stay with their images.
@@ -111,7 +114,7 @@ def cache_concept(
     return CachedConcept(
         class_word=concept.class_word,
         words=words,
-        images=images,
+        images=every,
         moments=(mean, logvar),
         positives=positives,
         class_latents=drawn[:class_images],

@@ -318,7 +318,7 @@ class LearningToProtect(ModelProtector[ConfigT]):
         model, size = self.model, self.config.batch
         (generator,) = streams([seed], "protection")
         generators = [generator] * size
-        pairs = Deck(range(len(concept.positives)), generator)
+        pairs = Deck(range(len(concept.images)), generator)
         numbers = Deck(range(len(concept.class_latents)), generator)
         mean, logvar = concept.moments
         shape, steps = mean.shape[1:], model.schedule.timesteps
@@ -329,7 +329,7 @@ class LearningToProtect(ModelProtector[ConfigT]):
 
         def positives(places: list[int]) -> Tensor:
             if self.config.pair_source == "fresh":
-                return concept.positives[places]
+                return concept.positives[[place % len(concept.positives) for place in places]]
             return concept.class_latents[[drawn.deal() for _ in places]]
 
         def deal() -> Sample:

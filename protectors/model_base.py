@@ -45,6 +45,8 @@ class ModelProtectorConfig(MethodConfig):
     templates: tuple[str, ...] = ("a photo of {}",)
     # Class images that the model draws itself, under the first template. The positives come on top.
     class_images: int = 200
+    # Crops of each photo that are trained on beside it, half of them mirrored: an attacker may have other photos.
+    crops: int = field(default=0, metadata=LATE)
     # Networks run under autocast to bfloat16; weights, moments, gradients and losses stay float32.
     bf16: bool = False
     # Computes activations twice instead of keeping them: less memory, about a third more time.
@@ -66,6 +68,7 @@ class ModelProtectorConfig(MethodConfig):
         places = bool(self.templates) and all(text.count("{}") == 1 for text in self.templates)
         require(places, "templates", self.templates, "name at least one text with one {} in it")
         require(self.class_images >= 1, "class_images", self.class_images, "use 1 or more")
+        require(self.crops >= 0, "crops", self.crops, "use 0 (none) or more")
         clip = self.outer_clip is None or self.outer_clip > 0
         require(clip, "outer_clip", self.outer_clip, "use more than 0, or None (off)")
 
@@ -271,7 +274,7 @@ class ModelProtector(ABC, Generic[ConfigT]):
     def _cached(self, concept: Concept) -> CachedConcept:
         config = self.config
         words = attacker_words(concept.class_word, config.identifiers, config.templates, compat=config.compat_prompts)
-        cached = cache_concept(self.model, concept, words, class_images=config.class_images)
+        cached = cache_concept(self.model, concept, words, class_images=config.class_images, crops_of_each=config.crops)
         if config.vae_sample == "sample":
             return cached
         mean, logvar = cached.moments
