@@ -104,7 +104,7 @@ def protect_model(
         ),
     ] = None,
     keep_images: Annotated[
-        int, _method("--keep-images", help="Use at most so many of them, spread over the file.", min=1)
+        int, _method("--keep-images", help="Use at most so many of them, spread over their captions.", min=1)
     ] = 1024,
     seed: Annotated[int, _how("--seed", help="Of all random draws.", min=0)] = 0,
     device: Annotated[str, _how("--device", help="cpu or cuda.")] = "cpu",

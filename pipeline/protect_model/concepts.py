@@ -66,7 +66,7 @@ def read_kept(url: str, *, side: int, most: int, s3: S3Settings) -> Kept:
     fetched = fetch_file(*archive_store(url, s3)) if is_far(url) else None
     file = Path(local_path(url)) if fetched is None else next(fetched.folder.iterdir())
     try:
-        photos = load_photos(file, held_out=False, limit=most)
+        photos = load_photos(file, held_out=False, limit=most, over_captions=True)
     except (OSError, ValueError) as error:
         raise UserError(f"--keep {str(error).replace(str(file), url)}") from error
     images = torch.stack([centre_crop(image, side) for image in photos.images])

@@ -50,7 +50,7 @@ class ModelJob(_Settings):
     # Parquet file of photos of other things (asset_id, image, caption), on which the model shall do as before. None:
     # pictures that it draws itself.
     keep: str | None = None
-    # At most so many of them, spread over the file.
+    # At most so many of them, spread over their captions.
     keep_images: Annotated[int, Field(ge=1)] = 1024
     seed: Annotated[int, Field(ge=0, lt=SEED_LIMIT)] = 0
     device: str = "cpu"

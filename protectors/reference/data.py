@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,18 +48,34 @@ def _spread(length: int, count: int) -> list[int]:
     return [i * length // count for i in range(count)]
 
 
+def _spread_over(names: Sequence[str | None], count: int) -> list[int]:
+    """At most `count` places, one of each name, then a second one of each; what a round has too many is spread."""
+    rounds: dict[int, list[int]] = {}
+    met: Counter[str | None] = Counter()
+    for place, name in enumerate(names):
+        rounds.setdefault(met[name], []).append(place)
+        met[name] += 1
+    chosen: list[int] = []
+    for places in rounds.values():
+        chosen += [places[number] for number in _spread(len(places), count - len(chosen))]
+    return sorted(chosen)
+
+
 def is_held_out(asset_id: str) -> bool:
     """True for the fifth of all photographs that no reference model is ever trained on."""
     return int(hashlib.sha256(asset_id.encode()).hexdigest(), 16) % 5 == 0
 
 
-def load_photos(parquet: Path, *, held_out: bool | None, limit: int | None = None) -> Photos:
+def load_photos(
+    parquet: Path, *, held_out: bool | None, limit: int | None = None, over_captions: bool = False
+) -> Photos:
     """Decodes one side of the split, in file order.
 
     Args:
         parquet: columns `asset_id`, `image` {bytes, path}, `caption`.
         held_out: the side, None for both; the split is by asset, so no crop of a held-out photo is trained on.
         limit: at most so many, spread evenly over the file, because files are often sorted by class.
+        over_captions: spreads them over the captions instead: one of each, then a second one of each, and so on.
 
     Raises:
         ValueError: the side is empty, a column is missing, or a picture cannot be decoded.
@@ -70,7 +87,9 @@ def load_photos(parquet: Path, *, held_out: bool | None, limit: int | None = Non
     if not rows:
         raise ValueError(f"{parquet} has no photos on this side of the split (held_out={held_out})")
     if limit is not None:
-        rows = [rows[place] for place in _spread(len(rows), limit)]
+        captions = table.column("caption").take(rows).to_pylist()
+        places = _spread_over(captions, limit) if over_captions else _spread(len(rows), limit)
+        rows = [rows[place] for place in places]
     chosen = table.take(rows)
     names = chosen.column("asset_id").to_pylist()
     images = [

@@ -340,6 +340,27 @@ def test_split_and_order(photos: Path) -> None:
     assert order(10, seed=2, position=0, batch=30) != whole
 
 
+def test_few_photos_are_spread_over_the_file_or_over_the_captions(tmp_path: Path) -> None:
+    image = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(image, "PNG")
+    captions = ["a"] * 5 + ["b", "c"] + ["d"] * 3 + [None]
+    rows = [
+        {"asset_id": f"asset-{number}", "image": {"bytes": image.getvalue(), "path": None}, "caption": caption}
+        for number, caption in enumerate(captions)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "photos.parquet")
+
+    def found(limit: int, **options: bool) -> str:
+        return ",".join(load_photos(tmp_path / "photos.parquet", held_out=None, limit=limit, **options).captions)
+
+    assert found(5) == "a,a,a,c,d"
+    assert found(3, over_captions=True) == "a,b,d"
+    assert found(5, over_captions=True) == "a,b,c,d,"
+    assert found(7, over_captions=True) == "a,a,b,c,d,d,"
+    assert found(8, over_captions=True) == "a,a,a,b,c,d,d,"
+    assert found(99, over_captions=True) == found(11)
+
+
 def test_crops_depend_on_the_key_only(photos: Path) -> None:
     image = load_photos(photos, held_out=False).images[0]
     crop = random_crop(image, CropRule(32), (5, 6))
