@@ -32,6 +32,7 @@ class AnchoredConfig(LearningToProtectConfig):
     attack_length: int = 160
     pairs_from: float = 0.5
     pair_source: Literal["fresh", "class"] = "class"
+    crops: int = 8
     rate_decay: float = 0.3
     retention_weight: float = 15.0
     retention_by_error: float = 0.5

@@ -34,6 +34,7 @@ SMALL = AnchoredConfig(
     class_images=3,
     kept_images=2,
     retention_batch=2,
+    crops=0,
 )
 WORDS = Words(instance="a photo of sks dog", general="a photo of dog")
 
