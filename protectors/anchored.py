@@ -34,7 +34,7 @@ class AnchoredConfig(LearningToProtectConfig):
     pair_source: Literal["fresh", "class"] = "class"
     crops: int = 8
     rate_decay: float = 0.3
-    retention_weight: float = 15.0
+    retention_weight: float = 10.0
     retention_by_error: float = 0.5
     kept_images: int = 160
     # How far beyond the given model's prediction an attacked model is asked to stay from the truth on the subject's
