@@ -81,7 +81,8 @@ class Anchored(LearningToProtect[AnchoredConfig]):
     what a picture will show. Errors there are small, and the smaller the nearer to the noise (44 times from end to end
     of the schedule of nano-sd), so that w(t) makes them relative to the given model's own (``CachedKept.weights``);
     in retention the same keeps what the model draws, which a plain mean hardly sees. One attack lasts over many
-    updates, so that gradients are taken far along it.
+    updates, so that gradients are taken far along it. Attacker and loss take ``crops`` of the photos too: without them
+    a model held against the very photos that it was protected on, and not at all against others of the subject.
 
     Distance: no image changes; of the model ``ModelFacts.drift`` and ``ModelFacts.largest_change``.
 
