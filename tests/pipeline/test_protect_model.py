@@ -163,7 +163,8 @@ def test_what_a_kill_leaves_is_removed(folder: Path, tmp_path: Path) -> None:
     """SIGKILL while the folder is written: the next run removes its part, but not that of a run that is alive."""
     asked = job(folder, tmp_path / "protected", overrides={**QUICK, "steps": 2})
     script = (
-        "import os, sys; from pipeline.protect_model import folder, job, plan, run\n"
+        "import os, sys, torch; from pipeline.protect_model import folder, job, plan, run\n"
+        "torch.set_num_threads(1)\n"
         "folder.model_card = lambda *_: os.kill(os.getpid(), 9)\n"
         "run.protect_model(plan.plan_model(job.ModelJob.model_validate_json(sys.argv[1])))"
     )
