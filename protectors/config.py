@@ -144,7 +144,7 @@ def _conform(name: str, hint: Any, value: Any) -> Any:
         (hint,) = [argument for argument in arguments if argument is not type(None)]
         return _conform(name, hint, value)
     if origin is tuple:
-        require(isinstance(value, list | tuple), name, value, "use a list")
+        require(isinstance(value, list | tuple), name, value, 'use a list: ["a", "b"] or [1, 2]')
         return tuple(_conform(name, arguments[0], item) for item in value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
