@@ -58,6 +58,7 @@ def assert_nothing_leaks(folder: Path, stores: Sequence[Store], results: Sequenc
     assert not [result for result in results if SECRET in result.out + result.err]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("prefect_server")
 def test_killed_and_gone_on(
     folder: Path,

@@ -66,6 +66,7 @@ def test_what_can_name_no_folder(path: str) -> None:
 
 @pytest.mark.usefixtures("ray_cluster")
 @pytest.mark.timeout(240)
+@pytest.mark.slow
 def test_side_by_side_and_after_a_death(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from pipeline.protect_model import ray_train
 

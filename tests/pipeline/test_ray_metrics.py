@@ -76,6 +76,7 @@ def of(totals: Totals, metric: Metric, suffix: str = "", **tags: str) -> float |
 
 
 @pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.slow
 def test_a_run_exports_every_metric(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray_metrics, "REPEAT_S", 0.5)
     endpoint = Endpoint()
